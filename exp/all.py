@@ -1,0 +1,16 @@
+"Everything the series exports, and the usual aliases, for a scratch notebook of your own: `from exp.all import *`."
+import math
+from functools import partial
+from pathlib import Path
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn, optim, tensor
+
+from exp.nb_00 import *
+from exp.nb_01 import *
+from exp.nb_02 import *
+from exp.nb_03 import *
+from exp.nb_04 import *
