@@ -90,7 +90,7 @@ def fetch(name:str, # a key of `MIRRORS`
           data_dir=None, # folder for the file; None: the user's cache
          ) -> Path: # the file, its checksum verified
     "Find or download a file; raises `ConnectionError` if no mirror gives it. A damaged one is set aside with a warning."
-    import pooch
+    with warnings.catch_warnings(action='ignore'): import pooch  # tqdm, which it imports, asks for widgets in a notebook
     folder, sha256 = Path(data_dir or pooch.os_cache('exp')/name), SHA256[name][file]
     path = folder/file
     if path.is_file():
@@ -104,7 +104,7 @@ def fetch(name:str, # a key of `MIRRORS`
         except (OSError, ValueError) as e: failures.append(f'  {url}: {e}')  # unreachable, or a wrong checksum
     raise ConnectionError(f"could not fetch {file} of {name}; 'mnist' is embedded and works without the network. Tried:\n" + '\n'.join(failures))
 
-# %% ../nbs/01_data.ipynb #010055
+# %% ../nbs/01_data.ipynb #010057
 def _load(name, part, data_dir):
     "Images (n, 784) float32 in [0, 1] and labels (n,) int64 of one part, 'train' or 'test'."
     names = ['mnist', *MIRRORS]
@@ -127,7 +127,7 @@ def get_test_data(name:str='mnist', # as in `get_data`
     "The test set, in the form of `get_data`. No choice should ever depend on it."
     return _load(name, 'test', data_dir)
 
-# %% ../nbs/01_data.ipynb #010072
+# %% ../nbs/01_data.ipynb #010074
 def normalize(x:Tensor, # any shape, float
               mean, # number or tensor that broadcasts with `x`
               std, # the same, not zero
