@@ -23,4 +23,8 @@ d = { 'settings': { 'branch': 'main',
                            'exp.nb_01.get_data': ('data.html#get_data', 'exp/nb_01.py'),
                            'exp.nb_01.get_test_data': ('data.html#get_test_data', 'exp/nb_01.py'),
                            'exp.nb_01.normalize': ('data.html#normalize', 'exp/nb_01.py'),
-                           'exp.nb_01.read_idx': ('data.html#read_idx', 'exp/nb_01.py')}}}
+                           'exp.nb_01.read_idx': ('data.html#read_idx', 'exp/nb_01.py')},
+            'exp.nb_02': { 'exp.nb_02.Model': ('model.html#model', 'exp/nb_02.py'),
+                           'exp.nb_02.Model.__init__': ('model.html#model.__init__', 'exp/nb_02.py'),
+                           'exp.nb_02.Model.forward': ('model.html#model.forward', 'exp/nb_02.py'),
+                           'exp.nb_02.matmul': ('model.html#matmul', 'exp/nb_02.py')}}}

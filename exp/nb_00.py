@@ -18,7 +18,7 @@ def test_near(a, # tensor, array, number or nested list of numbers
               rtol:float=1e-3, # part of the tolerance that grows with |b|
               atol:float=1e-5, # part of the tolerance that does not
              ):
-    "Raise `AssertionError` unless `a` and `b` have one shape and |a - b| <= atol + rtol |b| everywhere; nan is near nothing."
+    "Raise `AssertionError` unless `a` and `b` agree in shape and |a - b| <= atol + rtol |b|; nan is near nothing."
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol, check_dtype=False, check_device=False)
 
@@ -62,7 +62,7 @@ def show_image(im, # (h, w), (1, h, w), (c, h, w) or (h, w, c), c in 3, 4; tenso
     if im.ndim == 3 and im.shape[0] in (1, 3, 4): im = im.transpose(1, 2, 0)  # (c, h, w) -> (h, w, c)
     if im.ndim == 3 and im.shape[-1] == 1: im = im[..., 0]                    # (h, w, 1) -> (h, w)
     if not (im.ndim == 2 or im.ndim == 3 and im.shape[-1] in (3, 4)):
-        raise ValueError(f'expected (h, w), (1, h, w), (c, h, w) or (h, w, c) with 3 or 4 colours, got shape {im.shape}')
+        raise ValueError(f'expected (h, w), (1, h, w), (c, h, w) or (h, w, c), c in 3, 4; got shape {im.shape}')
     if ax is None: ax = plt.subplots(figsize=figsize)[1]
     ax.imshow(im, cmap=cmap, **kwargs)
     ax.set_axis_off()
@@ -75,11 +75,11 @@ def show_images(ims, # sequence of images, or a tensor (n, h, w) or (n, c, h, w)
                 ncols:int=None, # columns of the grid; None: about square, at most 10
                 imsize:float=1.2, # side of a cell, inches
                 **kwargs): # passed to `show_image`
-    "Draw images in a grid, and return the array of axes; raises `ValueError` if there is none or the titles don't match."
+    "Draw images in a grid, and return the axes; raises `ValueError` without images, or if the titles don't match."
     import matplotlib.pyplot as plt
     n = len(ims)
     if n == 0: raise ValueError('expected at least one image, got none')
-    if titles is not None and len(titles) != n: raise ValueError(f'expected {n} titles, one an image, got {len(titles)}')
+    if titles is not None and len(titles) != n: raise ValueError(f'expected {n} titles, got {len(titles)}')
     ncols = min(n, ncols or min(10, math.ceil(math.sqrt(n))))
     nrows = math.ceil(n / ncols)
     height = imsize * (1.25 if titles is not None else 1)

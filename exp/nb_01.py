@@ -19,7 +19,7 @@ import exp
 EMBEDDED = Path(exp.__file__).parent/'data'/'mnist'
 
 # %% ../nbs/01_data.ipynb #010030
-IDX_DTYPES = {0x08: '>u1', 0x09: '>i1', 0x0B: '>i2', 0x0C: '>i4', 0x0D: '>f4', 0x0E: '>f8'}  # code in the magic number -> numpy dtype
+IDX_DTYPES = {0x08: '>u1', 0x09: '>i1', 0x0B: '>i2', 0x0C: '>i4', 0x0D: '>f4', 0x0E: '>f8'}  # code -> numpy dtype
 
 # %% ../nbs/01_data.ipynb #010033
 class IdxError(ValueError): "Not an IDX file, or a damaged one; the message says what was found."
@@ -28,9 +28,9 @@ def _read_header(f):
     "The dtype and the shape that the header of an IDX file promises."
     magic = f.read(4)
     if len(magic) < 4: raise IdxError(f'expected a magic number of 4 bytes, found {len(magic)}')
-    if magic[:2] != b'\0\0': raise IdxError(f'expected a magic number that begins with two zero bytes, found {magic!r}')
+    if magic[:2] != b'\0\0': raise IdxError(f'expected a magic number that begins with two zeros, found {magic!r}')
     code, ndim = magic[2:]
-    if code not in IDX_DTYPES: raise IdxError(f'expected a dtype code in {[hex(c) for c in IDX_DTYPES]}, found {code:#x}')
+    if code not in IDX_DTYPES: raise IdxError(f'expected a dtype code in {[*map(hex, IDX_DTYPES)]}, found {code:#x}')
     if not 1 <= ndim <= 32: raise IdxError(f'expected 1 to 32 dimensions, found {ndim}')
     sizes = f.read(4*ndim)
     if len(sizes) < 4*ndim: raise IdxError(f'the header promises {ndim} dimensions and ends after {len(sizes)//4}')
@@ -39,8 +39,8 @@ def _read_header(f):
 # %% ../nbs/01_data.ipynb #010037
 def _read_body(f, dtype, shape):
     "Exactly the numbers that the header promised, in this machine's byte order."
-    n = math.prod(shape) * dtype.itemsize
-    if math.prod(max(s, 1) for s in shape) * dtype.itemsize >= 2**63: raise IdxError(f'no tensor can have shape {shape}')
+    if dtype.itemsize * math.prod(max(s, 1) for s in shape) >= 2**63: raise IdxError(f'no tensor can have shape {shape}')
+    n = dtype.itemsize * math.prod(shape)
     data = bytearray()
     while len(data) <= n and (chunk := f.read(min(n + 1 - len(data), 2**20))): data += chunk
     if len(data) < n: raise IdxError(f'the header promises shape {shape}, {n} bytes, and the file has {len(data)}')
@@ -69,10 +69,13 @@ def read_idx(src, # path, bytes, or seekable binary file; gzipped or not
 IDX_FILES = {'train': ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz'),
              'test': ('t10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz')}
 
-_fashion, _kuzushiji = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/', 'http://codh.rois.ac.jp/kmnist/dataset/kmnist/'
+_fashion = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/'
+_kuzushiji = 'http://codh.rois.ac.jp/kmnist/dataset/kmnist/'
 MIRRORS = {  # tried in this order; the last is the Internet Archive's copy
-    'fashion_mnist': [_fashion, 'https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/', f'https://web.archive.org/web/2022id_/{_fashion}'],
-    'kmnist': [_kuzushiji.replace('http', 'https'), _kuzushiji, f'https://web.archive.org/web/2022id_/{_kuzushiji}']}
+    'fashion_mnist': [_fashion, 'https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/',
+                      f'https://web.archive.org/web/2022id_/{_fashion}'],
+    'kmnist': [_kuzushiji.replace('http', 'https'), _kuzushiji,
+               f'https://web.archive.org/web/2022id_/{_kuzushiji}']}
 
 SHA256 = {
     'fashion_mnist': {'train-images-idx3-ubyte.gz': '3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84',
@@ -89,8 +92,8 @@ def fetch(name:str, # a key of `MIRRORS`
           file:str, # a key of `SHA256[name]`
           data_dir=None, # folder for the file; None: the user's cache
          ) -> Path: # the file, its checksum verified
-    "Find or download a file; raises `ConnectionError` if no mirror gives it. A damaged one is set aside with a warning."
-    with warnings.catch_warnings(action='ignore'): import pooch  # tqdm, which it imports, asks for widgets in a notebook
+    "Find or download a file; raises `ConnectionError` if no mirror has it. Sets a damaged one aside with a warning."
+    with warnings.catch_warnings(action='ignore'): import pooch  # its tqdm asks for widgets in a notebook
     folder, sha256 = Path(data_dir or pooch.os_cache('exp')/name), SHA256[name][file]
     path = folder/file
     if path.is_file():
@@ -102,7 +105,8 @@ def fetch(name:str, # a key of `MIRRORS`
         try: return Path(pooch.retrieve(url + file, f'sha256:{sha256}', file, folder,
                                         downloader=pooch.HTTPDownloader(timeout=20, progressbar=sys.stderr.isatty())))
         except (OSError, ValueError) as e: failures.append(f'  {url}: {e}')  # unreachable, or a wrong checksum
-    raise ConnectionError(f"could not fetch {file} of {name}; 'mnist' is embedded and works without the network. Tried:\n" + '\n'.join(failures))
+    raise ConnectionError(f"could not fetch {file} of {name}; 'mnist' is embedded and works without the network. "
+                          'Tried:\n' + '\n'.join(failures))
 
 # %% ../nbs/01_data.ipynb #010057
 def _load(name, part, data_dir):
@@ -111,13 +115,14 @@ def _load(name, part, data_dir):
     if name not in names: raise ValueError(f'expected a dataset in {names}, got {name!r}')
     paths = [Path(data_dir or EMBEDDED)/f if name == 'mnist' else fetch(name, f, data_dir) for f in IDX_FILES[part]]
     x, y = map(read_idx, paths)
-    if x.ndim != 3 or y.shape != x.shape[:1]: raise IdxError(f'expected n images and n labels, got shapes {tuple(x.shape)} and {tuple(y.shape)} in {paths}')
+    if x.ndim != 3 or y.shape != x.shape[:1]:
+        raise IdxError(f'expected n images and n labels, got shapes {tuple(x.shape)} and {tuple(y.shape)} in {paths}')
     return x.flatten(1).float().div_(255), y.long()
 
 def get_data(name:str='mnist', # 'mnist', 'fashion_mnist' or 'kmnist'
              data_dir=None, # folder with the four files; None: the embedded ones, or the user's cache
             ) -> tuple: # x_train (50000, 784), y_train (50000,), x_valid (10000, 784), y_valid (10000,)
-    "Training and validation sets: float32 pixels in [0, 1] and int64 labels. Only 'mnist' needs no network; raises `ValueError` for other names."
+    "Training and validation sets: float32 pixels in [0, 1], int64 labels; raises `ValueError` for an unknown name."
     x, y = _load(name, 'train', data_dir)
     return x[:-10_000], y[:-10_000], x[-10_000:], y[-10_000:]
 
