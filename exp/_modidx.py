@@ -27,4 +27,11 @@ d = { 'settings': { 'branch': 'main',
             'exp.nb_02': { 'exp.nb_02.Model': ('model.html#model', 'exp/nb_02.py'),
                            'exp.nb_02.Model.__init__': ('model.html#model.__init__', 'exp/nb_02.py'),
                            'exp.nb_02.Model.forward': ('model.html#model.forward', 'exp/nb_02.py'),
-                           'exp.nb_02.matmul': ('model.html#matmul', 'exp/nb_02.py')}}}
+                           'exp.nb_02.matmul': ('model.html#matmul', 'exp/nb_02.py')},
+            'exp.nb_03': { 'exp.nb_03._check_target': ('losses.html#_check_target', 'exp/nb_03.py'),
+                           'exp.nb_03._reduce': ('losses.html#_reduce', 'exp/nb_03.py'),
+                           'exp.nb_03.accuracy': ('losses.html#accuracy', 'exp/nb_03.py'),
+                           'exp.nb_03.cross_entropy': ('losses.html#cross_entropy', 'exp/nb_03.py'),
+                           'exp.nb_03.log_softmax': ('losses.html#log_softmax', 'exp/nb_03.py'),
+                           'exp.nb_03.logsumexp': ('losses.html#logsumexp', 'exp/nb_03.py'),
+                           'exp.nb_03.nll': ('losses.html#nll', 'exp/nb_03.py')}}}
