@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# In a fresh clone, in a fresh folder: `make train` sets itself up, trains, and shows what the README says it shows.
+# With arguments, other targets instead: tests/clone.sh train test
+set -euo pipefail
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+git clone -q "$(dirname "$0")/.." "$folder/exp"
+cd "$folder/exp"
+for target in "${@:-train}"; do
+  make "$target" 2>&1 | tee "$folder/log"
+  if [ "$target" = train ]; then
+    grep -q '^epoch  train_loss  valid_loss  accuracy  seconds$' "$folder/log"
+    test "$(grep -cE '^ +[0-9]+ +[0-9.]+ +[0-9.]+ +0\.[0-9]+ +[0-9.]+$' "$folder/log")" = 10
+    grep -qE '^test accuracy: 9[789]\.' "$folder/log"
+    test -s "$(sed -n 's/^picture: //p' "$folder/log")"
+    echo 'a fresh clone trains, and shows its table, its accuracy and its picture'
+  fi
+done
+test -z "$(git status --porcelain)"
