@@ -7,7 +7,7 @@ __all__ = ['EMBEDDED', 'IDX_DTYPES', 'IDX_FILES', 'MIRRORS', 'SHA256', 'IdxError
            'get_test_data', 'normalize']
 
 # %% ../nbs/01_data.ipynb #010004
-import gzip, io, math, struct, sys, warnings, zlib
+import gzip, io, math, shutil, struct, sys, warnings, zlib
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np
@@ -98,8 +98,8 @@ def fetch(name:str, # a key of `MIRRORS`
     path = folder/file
     if path.is_file():
         if pooch.file_hash(path) == sha256: return path
-        aside = path.replace(path.with_name(f'{file}.damaged'))
-        warnings.warn(f'{path}: wrong checksum; set aside as {aside.name}, fetching it again')
+        aside = shutil.copy(path, path.with_name(f'{file}.damaged'))
+        warnings.warn(f'{path}: wrong checksum; set aside as {Path(aside).name}, fetching it again')
     failures = []
     for url in MIRRORS[name]:
         try: return Path(pooch.retrieve(url + file, f'sha256:{sha256}', file, folder,

@@ -250,6 +250,7 @@ def _check_options(epochs, bs, lr, hidden, out):
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK): raise ValueError(f'expected --out in a writable folder, got {out}')
 
+# %% ../nbs/04_training.ipynb #040140
 @call_parse
 def exp_train(epochs:int=10, # passes over the training set
               bs:int=64, # batch size, 1 to 50000
