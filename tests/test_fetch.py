@@ -1,7 +1,6 @@
 "Downloads, from servers of our own on the loopback: checksums, mirrors, the cache, two processes at once, no network."
 import gzip, hashlib, struct, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 import pooch
 import pytest
 import exp.nb_01 as nb_01

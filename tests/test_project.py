@@ -69,7 +69,7 @@ def test_readme_is_the_front_page():
     for target in re.findall(r'\]\(([^):]+)\)', (ROOT/'README.md').read_text()): assert (ROOT/target).exists(), target
 
 
-OLD_DIRECTIVE = re.compile(r'^\s*#\s*(export\w*|default_exp|hide|slow|notest)\b', re.M)
+OLD_DIRECTIVE = re.compile(r'^\s*#\s*(exporti?s?|default_exp|hide|slow|notest)(\s|$)', re.M)
 
 def test_no_directive_without_its_bar():
     "`#export`, the spelling of nbdev 1, is ignored in silence."
