@@ -54,7 +54,8 @@ def nll(log_p:Tensor, # log probabilities, any shape, classes along `dim`
     try: picked = log_p.gather(dim, target.long().unsqueeze(dim)).squeeze(dim)
     except RuntimeError as e:
         if 'out of bounds' not in str(e): raise
-        raise ValueError(f'expected targets in 0 to {log_p.shape[dim] - 1}, got {target.min()} to {target.max()}') from None
+        found = f'{target.min()} to {target.max()}'
+        raise ValueError(f'expected targets in 0 to {log_p.shape[dim] - 1}, got {found}') from None
     return _reduce(-picked, reduction)
 
 # %% ../nbs/03_losses.ipynb #030069
