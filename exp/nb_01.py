@@ -65,7 +65,7 @@ def read_idx(src, # path, bytes, or seekable binary file; gzipped or not
             return _read_body(f, *_read_header(f))
         except (IdxError, EOFError, gzip.BadGzipFile, zlib.error) as e: raise IdxError(f'{name}: {e}') from None
 
-# %% ../nbs/01_data.ipynb #010051
+# %% ../nbs/01_data.ipynb #010053
 IDX_FILES = {'train': ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz'),
              'test': ('t10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz')}
 
@@ -87,7 +87,7 @@ SHA256 = {
                't10k-images-idx3-ubyte.gz': 'edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5',
                't10k-labels-idx1-ubyte.gz': '20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c'}}
 
-# %% ../nbs/01_data.ipynb #010053
+# %% ../nbs/01_data.ipynb #010055
 def fetch(name:str, # a key of `MIRRORS`
           file:str, # a key of `SHA256[name]`
           data_dir=None, # folder for the file; None: the user's cache
@@ -108,7 +108,7 @@ def fetch(name:str, # a key of `MIRRORS`
     raise ConnectionError(f"could not fetch {file} of {name}; 'mnist' is embedded and works without the network. "
                           'Tried:\n' + '\n'.join(failures))
 
-# %% ../nbs/01_data.ipynb #010057
+# %% ../nbs/01_data.ipynb #010059
 def _load(name, part, data_dir):
     "Images (n, 784) float32 in [0, 1] and labels (n,) int64 of one part, 'train' or 'test'."
     names = ['mnist', *MIRRORS]
@@ -132,7 +132,7 @@ def get_test_data(name:str='mnist', # as in `get_data`
     "The test set, in the form of `get_data`. No choice should ever depend on it."
     return _load(name, 'test', data_dir)
 
-# %% ../nbs/01_data.ipynb #010074
+# %% ../nbs/01_data.ipynb #010076
 def normalize(x:Tensor, # any shape, float
               mean, # number or tensor that broadcasts with `x`
               std, # the same, not zero

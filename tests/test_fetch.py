@@ -93,6 +93,13 @@ def test_a_damaged_file_is_named_set_aside_and_fetched_again(serve, mirrors, tmp
     assert right(tmp_path) and (tmp_path/f'{NAME}.damaged').read_bytes() == b'damaged'
 
 
+def test_a_damaged_file_stays_where_it_is_when_offline(mirrors, tmp_path):
+    mirrors(DEAD)
+    (tmp_path/NAME).write_bytes(b'damaged')
+    with pytest.warns(UserWarning, match='wrong checksum'), pytest.raises(ConnectionError): fetch('fashion_mnist', NAME, tmp_path)
+    assert (tmp_path/NAME).read_bytes() == (tmp_path/f'{NAME}.damaged').read_bytes() == b'damaged'
+
+
 def test_offline_says_what_works(mirrors, tmp_path):
     mirrors(DEAD, 'http://127.0.0.1:7/')
     with pytest.raises(ConnectionError) as e: fetch('fashion_mnist', NAME, tmp_path)
