@@ -29,12 +29,13 @@ run: .venv/.dev  ## execute every notebook in place and clean it
 
 export: .venv/.dev  ## write the modules and README.md from the notebooks
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb | $(LINKS) > README.md
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir .venv --output front nbs/index.ipynb
+	$(LINKS) .venv/front.md > README.md
 
 check: .venv/.dev  ## clean, export, nothing out of step, lint, test
 	$(BIN)/nbdev_clean
 	$(MAKE) export
-	git diff --exit-code
+	git diff --exit-code && test -z "$$(git status --porcelain)"
 	$(BIN)/python -m pyflakes exp/nb_*.py tests
 	$(MAKE) test
 

@@ -58,8 +58,8 @@ def read_idx(src, # path, bytes, or seekable binary file; gzipped or not
     else: file = nullcontext(io.BytesIO(src) if isinstance(src, (bytes, bytearray)) else src)
     with file as f:
         try:
+            if isinstance(f, io.TextIOBase): raise IdxError('expected a file opened in binary mode, found text')
             start = f.read(2)
-            if not isinstance(start, bytes): raise IdxError('expected a file opened in binary mode, found text')
             f.seek(-len(start), io.SEEK_CUR)
             if start == b'\x1f\x8b': f = gzip.GzipFile(fileobj=f)
             return _read_body(f, *_read_header(f))
@@ -124,6 +124,7 @@ def get_data(name:str='mnist', # 'mnist', 'fashion_mnist' or 'kmnist'
             ) -> tuple: # x_train (50000, 784), y_train (50000,), x_valid (10000, 784), y_valid (10000,)
     "Training and validation sets: float32 pixels in [0, 1], int64 labels; raises `ValueError` for an unknown name."
     x, y = _load(name, 'train', data_dir)
+    if len(x) <= 10_000: raise IdxError(f'expected more than 10,000 training images, found {len(x):,} in {data_dir}')
     return x[:-10_000], y[:-10_000], x[-10_000:], y[-10_000:]
 
 def get_test_data(name:str='mnist', # as in `get_data`

@@ -35,7 +35,8 @@ def _check_target(inp, target, dim):
     expected.pop(dim)
     if list(target.shape) != expected:
         raise ValueError(f'expected targets of shape {tuple(expected)} for {tuple(inp.shape)}, got {tuple(target.shape)}')
-    if target.is_floating_point(): raise ValueError(f'expected class indices, integers, got {target.dtype}')
+    if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(f'expected class indices, integers, got {target.dtype}')
 
 def _reduce(losses, reduction):
     "The mean or the sum of all losses, or each for itself."
@@ -70,7 +71,7 @@ def cross_entropy(inp:Tensor, # scores, any shape, classes along `dim`
     log_p = log_softmax(inp, dim)
     loss = nll(log_p, target, dim, reduction)
     if label_smoothing == 0: return loss
-    return torch.lerp(loss, _reduce(-log_p.mean(dim), reduction), label_smoothing)
+    return (1 - label_smoothing)*loss + label_smoothing*_reduce(-log_p.mean(dim), reduction)
 
 # %% ../nbs/03_losses.ipynb #030077
 def accuracy(out:Tensor, # scores, any shape, classes along `dim`

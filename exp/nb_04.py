@@ -7,12 +7,12 @@ __all__ = ['Row', 'RecordedLoss', 'Optimizer', 'Dataset', 'Sampler', 'collate', 
            'train_epoch', 'print_row', 'fit', 'most_wrong', 'plot_training', 'exp_train']
 
 # %% ../nbs/04_training.ipynb #040004
-import math, os, sys, time
+import argparse, math, os, sys, time
 from collections import namedtuple
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from fastcore.script import call_parse
+from fastcore.script import anno_parser
 from torch import Tensor, nn
 from tqdm import tqdm
 from .nb_00 import set_seed, show_image
@@ -251,7 +251,6 @@ def _check_options(epochs, bs, lr, hidden, out):
     if not os.access(out.parent, os.W_OK): raise ValueError(f'expected --out in a writable folder, got {out}')
 
 # %% ../nbs/04_training.ipynb #040140
-@call_parse
 def exp_train(epochs:int=10, # passes over the training set
               bs:int=64, # batch size, 1 to 50000
               lr:float=0.3, # learning rate, > 0
@@ -261,10 +260,10 @@ def exp_train(epochs:int=10, # passes over the training set
               data_dir:str=None, # folder with the four files of the dataset
               out:str='runs/digits.png'): # where the picture goes: .png, .svg or .pdf
     "Train a two-layer network on digits; show a table, the test accuracy and a picture of curve and mistakes."
+    _check_options(epochs, bs, lr, hidden, Path(out))
     threads, rows, loss_func = torch.get_num_threads(), [], RecordedLoss(F.cross_entropy)
     torch.set_num_threads(1)  # faster than two for so small a model
     try:
-        _check_options(epochs, bs, lr, hidden, Path(out))
         set_seed(seed)
         x_train, y_train, x_valid, y_valid = get_data(dataset, data_dir)
         x_test, y_test = get_test_data(dataset, data_dir)
@@ -275,6 +274,14 @@ def exp_train(epochs:int=10, # passes over the training set
         print(f'test accuracy: {acc:.2%} of {len(y_test):,} images, after {sum(r.seconds for r in rows):.1f} s')
         plot_training(torch.stack(loss_func.losses), rows, model.eval(), x_test, y_test, out)
         print(f'picture: {out}')
+    finally: torch.set_num_threads(threads)
+
+# %% ../nbs/04_training.ipynb #040145
+def _exp_train_command(argv=None):
+    "`exp_train` for the shell; `argv` instead of the command line's options, for tests."
+    parser = anno_parser(exp_train, 'exp_train')
+    parser.add_argument('--data-dir', dest='data_dir', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    options = vars(parser.parse_args(argv))
+    try: exp_train(**{k: v for k, v in options.items() if k not in ('pdb', 'xtra')})
     except (ValueError, OSError) as e: sys.exit(f'exp_train: {e}')
     except KeyboardInterrupt: sys.exit('exp_train: interrupted')
-    finally: torch.set_num_threads(threads)

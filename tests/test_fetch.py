@@ -33,7 +33,7 @@ def serve():
             def log_message(self, *args): pass
         server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
         server.hits, server.url = 0, f'http://127.0.0.1:{server.server_port}/'
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         return server
     yield start
@@ -60,7 +60,7 @@ def test_first_download_then_cache(serve, mirrors, tmp_path):
     server = serve()
     mirrors(server.url)
     for _ in range(2): assert fetch('fashion_mnist', NAME, tmp_path) == tmp_path/NAME and right(tmp_path)
-    assert server.hits == 1
+    assert server.hits == 1 and [p.name for p in tmp_path.iterdir()] == [NAME]
     mirrors(DEAD)
     assert fetch('fashion_mnist', NAME, tmp_path) == tmp_path/NAME  # offline, from the cache
 

@@ -149,7 +149,8 @@ def test_no_batches_is_an_error_that_says_so():
 def test_exp_train_names_what_is_wrong(option, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
-    with pytest.raises(SystemExit, match=words): nb_04.exp_train(**option)
+    with pytest.raises((ValueError, OSError), match=words): nb_04.exp_train(**option)
+    with pytest.raises(SystemExit, match=words): nb_04._exp_train_command([f'--{k.replace("_", "-")}={v}' for k, v in option.items()])
     assert torch.get_num_threads() == threads and not list(tmp_path.glob('**/*.png'))
 
 
