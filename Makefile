@@ -23,8 +23,7 @@ lab: .venv/.dev  ## open JupyterLab on the front page
 	$(BIN)/jupyter lab nbs/index.ipynb
 
 run: .venv/.dev  ## execute every notebook in place and clean it
-	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
-	  --ExecutePreprocessor.coalesce_streams=True --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+	$(BIN)/python tests/execute.py $(NOTEBOOKS)
 	$(BIN)/nbdev_clean
 
 export: .venv/.dev  ## write the modules and README.md from the notebooks

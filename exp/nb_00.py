@@ -112,6 +112,7 @@ def plot_times(times:dict, # label -> seconds
     ax.bar_label(bars, [format_time(t) for t in times.values()], padding=4)
     ax.set(xscale='log', xlabel='time (s, log scale)', title=title)
     ax.margins(x=0.25)
+    ax.tick_params(axis='x', which='minor', labelbottom=False)
     ax.invert_yaxis()
     ax.spines[['top', 'right']].set_visible(False)
     return ax

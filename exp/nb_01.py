@@ -119,6 +119,7 @@ def _load(name, part, data_dir):
         raise IdxError(f'expected n images and n labels, got shapes {tuple(x.shape)} and {tuple(y.shape)} in {paths}')
     return x.flatten(1).float().div_(255), y.long()
 
+# %% ../nbs/01_data.ipynb #010060
 def get_data(name:str='mnist', # 'mnist', 'fashion_mnist' or 'kmnist'
              data_dir=None, # folder with the four files; None: the embedded ones, or the user's cache
             ) -> tuple: # x_train (50000, 784), y_train (50000,), x_valid (10000, 784), y_valid (10000,)
@@ -133,7 +134,7 @@ def get_test_data(name:str='mnist', # as in `get_data`
     "The test set, in the form of `get_data`. No choice should ever depend on it."
     return _load(name, 'test', data_dir)
 
-# %% ../nbs/01_data.ipynb #010076
+# %% ../nbs/01_data.ipynb #010077
 def normalize(x:Tensor, # any shape, float
               mean, # number or tensor that broadcasts with `x`
               std, # the same, not zero
