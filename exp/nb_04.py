@@ -51,7 +51,7 @@ class Optimizer:
         "Forget all gradients."
         for p in self.params: p.grad = None
 
-# %% ../nbs/04_training.ipynb #040054
+# %% ../nbs/04_training.ipynb #040055
 class Dataset:
     "Tensors of equal length, indexed together, by one index or by a whole batch of them."
     def __init__(self,
@@ -70,7 +70,7 @@ class Dataset:
         i = i.to(self.x.device)
         return self.x.index_select(0, i), self.y.index_select(0, i)
 
-# %% ../nbs/04_training.ipynb #040064
+# %% ../nbs/04_training.ipynb #040065
 class Sampler:
     "Batches of indices: every index of `range(n)` once an epoch."
     def __init__(self,
@@ -90,14 +90,14 @@ class Sampler:
         order = torch.randperm(self.n, generator=self.generator) if self.shuffle else range(self.n)
         for i in range(0, len(self)*self.bs, self.bs): yield order[i:i + self.bs]
 
-# %% ../nbs/04_training.ipynb #040069
+# %% ../nbs/04_training.ipynb #040070
 def collate(items:list, # what a dataset returned for each index, at least one
            ) -> tuple: # one tensor a field, with a new first dimension
     "Stack a list of items into a batch, field by field."
     if not isinstance(items[0], (tuple, list)): return torch.utils.data.default_collate(items)
     return tuple(torch.stack([torch.as_tensor(o) for o in field]) for field in zip(*items))
 
-# %% ../nbs/04_training.ipynb #040074
+# %% ../nbs/04_training.ipynb #040075
 class DataLoader:
     "Batches of a dataset: a `Dataset` is indexed once a batch; others, and all with workers, go to torch's DataLoader."
     def __init__(self,
@@ -119,7 +119,7 @@ class DataLoader:
         return iter(torch.utils.data.DataLoader(self.ds, batch_sampler=batches, num_workers=self.num_workers,
                                                 collate_fn=self.collate_fn))
 
-# %% ../nbs/04_training.ipynb #040086
+# %% ../nbs/04_training.ipynb #040087
 @torch.no_grad()
 def validate(model:nn.Module, # called on each batch; its training mode is restored
              loss_func, # (predictions, targets) -> mean loss of a batch
@@ -137,7 +137,7 @@ def validate(model:nn.Module, # called on each batch; its training mode is resto
     if n == 0: raise ValueError('expected at least one batch, got none')
     return tuple((total/n).tolist())
 
-# %% ../nbs/04_training.ipynb #040091
+# %% ../nbs/04_training.ipynb #040092
 def get_dls(train_ds, # `Dataset` to train on: shuffled, without a short last batch
             valid_ds, # `Dataset` to validate on: in order, all of it
             bs:int=64, # training batch size, at least 1; validation takes twice as many
@@ -157,7 +157,7 @@ def get_model(n_in:int=784, # features of a row
     model = Model(n_in, nh, n_out)
     return model, torch.optim.SGD(model.parameters(), lr=lr)
 
-# %% ../nbs/04_training.ipynb #040094
+# %% ../nbs/04_training.ipynb #040095
 def train_epoch(model:nn.Module, # put into training mode
                 loss_func, # (predictions, targets) -> mean loss of a batch
                 opt, # with `step` and `zero_grad`
@@ -176,7 +176,7 @@ def train_epoch(model:nn.Module, # put into training mode
     if n == 0: raise ValueError('expected at least one batch, got none: too few rows for drop_last?')
     return (total/n).item()
 
-# %% ../nbs/04_training.ipynb #040096
+# %% ../nbs/04_training.ipynb #040097
 Row = namedtuple('Row', 'epoch train_loss valid_loss accuracy seconds')
 
 def print_row(row:Row): # figures of one epoch
@@ -184,6 +184,7 @@ def print_row(row:Row): # figures of one epoch
     if row.epoch == 0: print('epoch  train_loss  valid_loss  accuracy  seconds')
     print('{:5}  {:10.4f}  {:10.4f}  {:8.4f}  {:7.1f}'.format(*row), flush=True)
 
+# %% ../nbs/04_training.ipynb #040098
 def fit(epochs:int, # passes over `train_dl`, at least 1
         model:nn.Module, # left in training mode
         loss_func, # (predictions, targets) -> mean loss of a batch
@@ -201,7 +202,7 @@ def fit(epochs:int, # passes over `train_dl`, at least 1
         if log: log(Row(epoch, train_loss, valid_loss, acc, time.perf_counter() - start))
     return valid_loss, acc
 
-# %% ../nbs/04_training.ipynb #040134
+# %% ../nbs/04_training.ipynb #040136
 @torch.no_grad()
 def most_wrong(model:nn.Module, # in evaluation mode, if it has such layers
                x:Tensor, # inputs (n, ...)
@@ -213,7 +214,14 @@ def most_wrong(model:nn.Module, # in evaluation mode, if it has such layers
     idxs = torch.where(pred == y, 0, prob).topk(min(k, int((pred != y).sum()))).indices
     return idxs, pred[idxs], prob[idxs]
 
-# %% ../nbs/04_training.ipynb #040136
+# %% ../nbs/04_training.ipynb #040139
+def _save(fig, path):
+    "Write a figure to `path` all at once: an old one stays until the new one is complete."
+    part = path.with_name(f'.{path.stem}.part{path.suffix}')
+    fig.savefig(part, dpi=120)
+    part.replace(path)
+
+# %% ../nbs/04_training.ipynb #040140
 def plot_training(losses:Tensor, # training loss of each batch (steps,)
                   rows:list, # `Row` of each epoch
                   model:nn.Module, # in evaluation mode
@@ -222,7 +230,8 @@ def plot_training(losses:Tensor, # training loss of each batch (steps,)
                   path): # where the picture goes; its suffix says the format
     "Draw the learning curve and the twelve most confidently wrong digits, and write them to `path` atomically."
     from matplotlib.figure import Figure
-    left, right = (fig := Figure(figsize=(10, 3.6), layout='constrained')).subfigures(1, 2, width_ratios=(1, 1.1))
+    fig = Figure(figsize=(10, 3.6), layout='constrained')
+    left, right = fig.subfigures(1, 2, width_ratios=(1, 1.1))
     ax, steps, k = left.subplots(), len(losses)//len(rows), max(1, len(losses)//100)
     means = losses[:len(losses)//k*k].view(-1, k).mean(1)
     ax.plot(torch.arange(len(means))*k/steps, means, label=f'training, mean of {k} batches')
@@ -230,16 +239,12 @@ def plot_training(losses:Tensor, # training loss of each batch (steps,)
     ax.set(yscale='log', xlabel='epoch', ylabel='loss (log scale)', title='Learning curve')
     ax.legend()
     right.suptitle('Most confidently wrong: label, prediction, confidence')
-    axs = right.subplots(2, 6).flat
-    for a in axs: a.set_axis_off()
+    for a in right.subplots(2, 6).flat: a.set_axis_off()
     for a, i, c, p in zip(right.axes, *most_wrong(model, x, y)):
         show_image(x[i].view(28, 28), a, f'{y[i]} as {c}\n{p:.1%}')
-    path = Path(path)
-    part = path.with_name(f'.{path.stem}.part{path.suffix}')
-    fig.savefig(part, dpi=120)
-    part.replace(path)
+    _save(fig, Path(path))
 
-# %% ../nbs/04_training.ipynb #040138
+# %% ../nbs/04_training.ipynb #040142
 def _check_options(epochs, bs, lr, hidden, out):
     "Raise `ValueError` for an option out of its range, before any work is done."
     for name, value in dict(epochs=epochs, bs=bs, hidden=hidden).items():
@@ -250,7 +255,7 @@ def _check_options(epochs, bs, lr, hidden, out):
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK): raise ValueError(f'expected --out in a writable folder, got {out}')
 
-# %% ../nbs/04_training.ipynb #040140
+# %% ../nbs/04_training.ipynb #040144
 def exp_train(epochs:int=10, # passes over the training set
               bs:int=64, # batch size, 1 to 50000
               lr:float=0.3, # learning rate, > 0
@@ -276,7 +281,7 @@ def exp_train(epochs:int=10, # passes over the training set
         print(f'picture: {out}')
     finally: torch.set_num_threads(threads)
 
-# %% ../nbs/04_training.ipynb #040145
+# %% ../nbs/04_training.ipynb #040149
 def _exp_train_command(argv=None):
     "`exp_train` for the shell; `argv` instead of the command line's options, for tests."
     parser = anno_parser(exp_train, 'exp_train')
