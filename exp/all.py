@@ -14,3 +14,6 @@ from exp.nb_01 import *
 from exp.nb_02 import *
 from exp.nb_03 import *
 from exp.nb_04 import *
+from exp.nb_10 import *
+from exp.nb_11 import *
+from exp.nb_12 import *
