@@ -65,16 +65,22 @@ class Learner:
         self.metrics, self.progress, self.opt, cbs = listify(metrics), progress, None, listify(cbs)
         self.cbs = [cb() for cb in self.default_cbs if not any(isinstance(c, cb) for c in cbs)] + cbs
         self.batch = self.pred = self.loss = None
+        self.results = {}  # of the last epoch, name -> number
 
-    def predict(self): self.pred = self.model(*_fields(self.batch)[:-1])
-    def get_loss(self): self.loss = self.loss_func(self.pred, self.batch[-1])
+    @property
+    def xb(self): return _fields(self.batch)[:-1]
+    @property
+    def yb(self): return _fields(self.batch)[-1]
+
+    def predict(self): self.pred = self.model(*self.xb)
+    def get_loss(self): self.loss = self.loss_func(self.pred, self.yb)
     def backward(self): self.loss.backward()
     def step(self): self.opt.step()
     def zero_grad(self): self.opt.zero_grad()
 
 def _fields(batch):
     if isinstance(batch, (tuple, list)): return batch
-    raise TypeError(f'expected a batch (x, ..., y), got {type(batch).__name__}: override predict and get_loss for others')
+    raise TypeError(f'expected a batch (x, ..., y), got {type(batch).__name__}: override xb and yb for others')
 
 def _length(dl):
     "Batches in `dl`; None if it can't know."
@@ -191,7 +197,7 @@ def fit(self:Learner,
         for group, lr in zip(groups, before): group['lr'] = lr
         self.zero_grad()
 
-# %% ../nbs/10_learner.ipynb #100065
+# %% ../nbs/10_learner.ipynb #100067
 class Metric:
     "Mean of a function of predictions and targets over all rows, added up on the device."
     def __init__(self,
@@ -211,7 +217,7 @@ class Metric:
         self.n += n
 
     def update(self, pred, target): self.add(self.func(pred, target), len(target))
-    def accumulate(self, learn): self.update(learn.pred, learn.batch[-1])
+    def accumulate(self, learn): self.update(learn.pred, learn.yb)
     def compute(self): return self.total/self.n if self.n else math.nan
 
 class Accuracy(Metric):
@@ -228,7 +234,7 @@ def n_rows(batch) -> int: # length of the first tensor in a nest of dicts, tuple
     while not hasattr(batch, 'shape'): batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
     return len(batch)
 
-# %% ../nbs/10_learner.ipynb #100069
+# %% ../nbs/10_learner.ipynb #100071
 class Metrics(Callback):
     "Measures loss and metrics over each epoch, and puts them into `learn.results`, name -> number."
     order, sweep = -5, False
@@ -252,7 +258,7 @@ class Metrics(Callback):
         first, _ = learn.training not in self.seen, self.seen.add(learn.training)
         for m in self.sets[learn.training]:
             if hasattr(m, 'accumulate'): m.accumulate(learn)
-            else: (m.to(learn.pred.device) if first else m).update(learn.pred, learn.batch[-1])
+            else: (m.to(learn.pred.device) if first else m).update(learn.pred, learn.yb)
 
     def after_epoch(self, learn): learn.results = self.read()
 
@@ -267,7 +273,7 @@ def _metric_name(metric): return getattr(metric, 'name', type(metric).__name__)
 
 Learner.default_cbs += (Metrics,)
 
-# %% ../nbs/10_learner.ipynb #100075
+# %% ../nbs/10_learner.ipynb #100077
 class Recorder(Callback):
     "Keeps losses, learning rates and momenta by batch, results and seconds by epoch, of the last fit: `learn.recorder`."
     order, sweep = 5, False
@@ -289,16 +295,16 @@ class Recorder(Callback):
         self.chunks = [self._joined()]
         self.epochs.append(dict(epoch=learn.epoch, **learn.results, seconds=time.perf_counter() - self.start))
 
-    def _joined(self): return torch.cat([c.reshape(-1) for c in self.chunks])  # (batches so far,)
+    def _joined(self): return torch.cat([c.reshape(-1) for c in self.chunks]) if self.chunks else torch.empty(0)  # (batches,)
 
     @property
     def losses(self) -> Tensor: # training loss of each batch (steps,), on the CPU
         "All training losses of the fit."
-        return self._joined().cpu() if self.chunks else torch.empty(0)
+        return self._joined().cpu()
 
 Learner.default_cbs += (Recorder,)
 
-# %% ../nbs/10_learner.ipynb #100077
+# %% ../nbs/10_learner.ipynb #100079
 @patch
 def to_dict(self:Recorder) -> dict: # lists and numbers only: ready for json
     "All that was recorded: losses, lrs, momenta, epochs."
@@ -316,7 +322,7 @@ def to_csv(self:Recorder,
         writer.writerows(self.epochs)
     part.replace(path)
 
-# %% ../nbs/10_learner.ipynb #100078
+# %% ../nbs/10_learner.ipynb #100080
 @patch
 def plot_loss(self:Recorder,
               ax=None): # matplotlib axes; None: a new figure
@@ -347,7 +353,7 @@ def plot_lr(self:Recorder,
         momentum.set_ylabel('momentum', color='tab:orange')
     return ax
 
-# %% ../nbs/10_learner.ipynb #100083
+# %% ../nbs/10_learner.ipynb #100085
 class StopOnNaN(Callback):
     "Raises `FloatingPointError`, naming epoch, batch and learning rate, if a training loss is nan or infinite."
     order, sweep = 6, False
@@ -374,7 +380,7 @@ class StopOnNaN(Callback):
 
 Learner.default_cbs += (StopOnNaN,)
 
-# %% ../nbs/10_learner.ipynb #100087
+# %% ../nbs/10_learner.ipynb #100089
 class _Lines:
     "A line an epoch, for files and pipes."
     live = False
@@ -387,7 +393,7 @@ class _Lines:
 
     def table(self):
         "Heading and rows, each a list of strings, as wide as their columns."
-        names = {k: max(len(k), 6) for row in self.rows for k in row}
+        names = {k: 5 if k == 'epoch' else max(len(k), 6) for row in self.rows for k in row}
         cells = [{k: f'{v:.1f}' if k == 'seconds' else f'{v:.4f}' if isinstance(v, float) else str(v)
                   for k, v in row.items()} for row in self.rows]
         return [[row.get(k, '').rjust(w) for k, w in names.items()] for row in [dict(zip(names, names)), *cells]]
@@ -410,7 +416,7 @@ class _Bar(_Lines):
         self.close()
         super().row(row)
 
-# %% ../nbs/10_learner.ipynb #100088
+# %% ../nbs/10_learner.ipynb #100090
 class _Table(_Lines):
     "A table that grows in place, and under it a bar while an epoch is running, for a notebook."
     live, handle = True, None
@@ -436,7 +442,7 @@ class _Table(_Lines):
         if self.handle is None: self.handle = display(data, raw=True, display_id=True)
         else: self.handle.update(data, raw=True)
 
-# %% ../nbs/10_learner.ipynb #100089
+# %% ../nbs/10_learner.ipynb #100091
 class Progress(Callback):
     "Shows the results of each epoch, and where there is a screen, how far the epoch has got."
     order, sweep, next, screen = 10, False, math.inf, None
@@ -469,7 +475,7 @@ class Progress(Callback):
 
 Learner.default_cbs += (Progress,)
 
-# %% ../nbs/10_learner.ipynb #100098
+# %% ../nbs/10_learner.ipynb #100100
 @patch
 def validate(self:Learner,
              dl=None, # iterable of batches; None: the Learner's validation data
@@ -488,7 +494,7 @@ class _Collect(Callback):
     def __init__(self): self.preds, self.targets = [], []
     def after_predict(self, learn):
         self.preds.append(learn.pred)
-        self.targets.append(learn.batch[-1])
+        self.targets.append(learn.yb)
         raise CancelBatch
 
 @patch
@@ -503,7 +509,7 @@ def get_preds(self:Learner,
     with self._running(self.cbs + [collect]): self._one_pass(self.dls[1] if dl is None else dl, training=False)
     return torch.cat(collect.preds), None if given else torch.cat(collect.targets)
 
-# %% ../nbs/10_learner.ipynb #100106
+# %% ../nbs/10_learner.ipynb #100108
 def to_device(batch, # a Tensor, or a nest of dicts, lists and tuples of them; anything else stays as it is
               device): # where to
     "The same nest with its tensors on `device`."
@@ -529,7 +535,7 @@ class Device(Callback):
         if not learn.training: self.move(learn)
         learn.batch = to_device(learn.batch, self.device)
 
-# %% ../nbs/10_learner.ipynb #100112
+# %% ../nbs/10_learner.ipynb #100114
 class GradientClip(Callback):
     "Scales the gradients down so that their norm over all parameters is at most `max_norm` (Pascanu et al., 2013)."
     def __init__(self, max_norm:float=1.): # limit of the 2-norm, > 0
@@ -537,7 +543,7 @@ class GradientClip(Callback):
 
     def after_backward(self, learn): nn.utils.clip_grad_norm_(learn.model.parameters(), self.max_norm)
 
-# %% ../nbs/10_learner.ipynb #100116
+# %% ../nbs/10_learner.ipynb #100118
 class GradientAccumulation(Callback):
     "Makes one step of `n` batches, as if they were one; needs a loss that is a mean over rows."
     order = -10
@@ -563,7 +569,7 @@ class GradientAccumulation(Callback):
 
     def cleanup_fit(self, learn): vars(learn).pop('backward', None)
 
-# %% ../nbs/10_learner.ipynb #100120
+# %% ../nbs/10_learner.ipynb #100122
 class OverfitOneBatch(Callback):
     "Trains on the first batch alone, `n` times an epoch; a sound model brings its loss close to nothing."
     def __init__(self, n:int=100): # steps an epoch, at least 1
@@ -572,7 +578,7 @@ class OverfitOneBatch(Callback):
     def before_fit(self, learn): self.dls, learn.dls = learn.dls, ([next(iter(learn.dls[0]))]*self.n, None)
     def cleanup_fit(self, learn): learn.dls = vars(self).pop('dls', learn.dls)
 
-# %% ../nbs/10_learner.ipynb #100124
+# %% ../nbs/10_learner.ipynb #100126
 class MixedPrecision(Callback):
     "Predicts and computes the loss in 16 bits where that is safe; float16 with a gradient scaler, on CUDA (Micikevicius et al., 2018)."
     order, cast = -5, None
@@ -612,12 +618,12 @@ class MixedPrecision(Callback):
     def cleanup_fit(self, learn):
         for step in ('backward', 'step'): vars(learn).pop(step, None)
 
-# %% ../nbs/10_learner.ipynb #100128
+# %% ../nbs/10_learner.ipynb #100130
 class Compile(Callback):
     "Trains with prediction, loss and gradients compiled into one function; raises `ValueError` if one of them is overridden."
     order = 20
     def before_fit(self, learn):
-        for step in ('predict', 'get_loss', 'backward'):
+        for step in ('xb', 'yb', 'predict', 'get_loss', 'backward'):
             if step in vars(learn) or getattr(type(learn), step) is not getattr(Learner, step):
                 raise ValueError(f'expected the plain {step} to compile, got one that a callback or a subclass has replaced')
         self.params = {k: p for k, p in learn.model.named_parameters() if p.requires_grad}
@@ -652,7 +658,7 @@ def _loss_and_grads(model, loss_func):
         return pred, value, grads
     return step
 
-# %% ../nbs/10_learner.ipynb #100134
+# %% ../nbs/10_learner.ipynb #100136
 def _image(x):
     "A flat row as a square picture, if it is one."
     side = math.isqrt(x.numel())
@@ -680,7 +686,7 @@ def top_losses(self:Learner,
     losses = torch.stack([self.loss_func(pred[i:i + 1], target[i:i + 1]) for i in range(len(pred))])
     return losses.topk(min(n, len(losses)))
 
-# %% ../nbs/10_learner.ipynb #100137
+# %% ../nbs/10_learner.ipynb #100139
 def confusion_matrix(pred:Tensor, # scores (n, classes)
                      target:Tensor, # classes (n,) int64
                     ) -> Tensor: # (classes, classes) int64: rows with this target (row) and this prediction (column)
