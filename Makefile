@@ -38,8 +38,9 @@ check: .venv/.dev  ## clean, export, nothing out of step, lint, test
 	$(BIN)/python -m pyflakes exp/nb_*.py tests
 	$(MAKE) test
 
-bench: .venv/.dev  ## time the training loop and the imports
+bench: .venv/.dev  ## time the training loop, the Learner, the optimizers and the imports
 	$(BIN)/python tests/benchmarks/loop.py
+	$(BIN)/python tests/benchmarks/learner.py
 
 # Stamps: an environment is made anew when its requirements change, and finished if it was interrupted.
 .venv/.run: $(META)

@@ -66,6 +66,13 @@ def test_the_order_of_events():
     assert full_trace() == ['before_fit', *epoch, *epoch, 'after_fit', 'cleanup_fit']
 
 
+def test_a_batch_that_is_over_is_let_go():
+    class Look(Callback):
+        def after_epoch(self, learn): self.left = learn.batch, learn.pred, learn.loss
+    new_learner(look := Look()).fit(1)
+    assert look.left == (None, None, None)
+
+
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize('event', EVENTS)
 def test_an_exception_at_any_event(event, error):
@@ -303,6 +310,7 @@ def test_accumulation_is_the_large_batch(n, clip):
     def train(bs, cbs):
         learn = new_learner(cbs, dls=([(x[i:i + bs], y[i:i + bs]) for i in range(0, 75, bs)], None), lr=0.5)
         learn.fit(2)
+        assert 'backward' not in vars(learn)
         return params(learn)
     whole = train(10*n, clip)
     near(train(10, [GradientAccumulation(n), *clip]), whole, rtol=1e-4, atol=1e-6)

@@ -94,6 +94,16 @@ def test_a_layer_frozen_at_first_and_thawed_later(ours, theirs):
 
 
 @pairs
+def test_a_layer_frozen_in_the_middle(ours, theirs):
+    def use(model, make_opt):
+        def freeze(i):
+            model[0].requires_grad_(not 5 <= i < 10)
+            if i == 5: model[0].zero_grad()  # PyTorch would go on with the last gradient
+        run(model, make_opt(model.parameters()), 15, before=freeze)
+    same(*both(ours, theirs, use))
+
+
+@pairs
 def test_a_group_added_later(ours, theirs):
     def use(model, make_opt):
         opt = make_opt(model[4].parameters())
@@ -134,6 +144,10 @@ def test_steps_by_themselves_move_nothing_that_has_no_gradient():
     model = new_model()
     opt = SGD(model.parameters(), lr=0.1)
     before = [p.clone() for p in model.parameters()]
+    opt.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    model(torch.ones(1, 6).double()).sum().backward()
+    model.zero_grad()
     opt.step()
     assert all(map(torch.equal, before, model.parameters()))
 

@@ -43,6 +43,10 @@ def test_combinations(weights, pos):
     assert abs(ramps(pos) - i - (pos - sum(fractions[:i]))/fractions[i]) < 1e-9
 
 
+def test_where_two_parts_meet_the_second_answers():
+    assert combine_scheds([0.5, 0.5], [sched_const(0), sched_const(1)])(0.5) == 1
+
+
 @pytest.mark.parametrize('fractions', [[0.3, 0.3], [0.5, 0.6], [1.5, -0.5], [1, 0]])
 def test_wrong_fractions(fractions):
     with pytest.raises(ValueError, match='add up to 1'): combine_scheds(fractions, [sched_const(1)]*2)

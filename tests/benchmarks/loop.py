@@ -67,7 +67,7 @@ def import_seconds(module):
 
 def measure_imports():
     "Median seconds to import, each time in a fresh process, taking turns."
-    times = {m: [] for m in ('torch', 'exp.nb_04')}
+    times = {m: [] for m in ('torch', *(f'exp.{p.stem}' for p in sorted(Path(__file__).parents[2].glob('exp/nb_*.py'))))}
     for _ in range(ROUNDS):
         for m in times: times[m].append(import_seconds(m))
     return {m: statistics.median(t) for m, t in times.items()}
