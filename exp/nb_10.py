@@ -627,13 +627,14 @@ class Compile(Callback):
             if step in vars(learn) or getattr(type(learn), step) is not getattr(Learner, step):
                 raise ValueError(f'expected the plain {step} to compile, got one that a callback or a subclass has replaced')
         self.params = {k: p for k, p in learn.model.named_parameters() if p.requires_grad}
-        self.state = {k: p.detach() for k, p in self.params.items()}, dict(learn.model.named_buffers())
+        self.buffers = dict(learn.model.named_buffers())
         self.compiled = torch.compile(_loss_and_grads(learn.model, learn.loss_func))
         learn.predict, learn.get_loss, learn.backward = (partial(f, learn) for f in (self.predict, self.get_loss, self.backward))
 
     def predict(self, learn):
         if not learn.training: return Learner.predict(learn)
-        learn.pred, self.loss, self.grads = self.compiled(*self.state, tuple(learn.batch))
+        params = {k: p.detach() for k, p in self.params.items()}  # asked each time: an optimizer may have moved them
+        learn.pred, self.loss, self.grads = self.compiled(params, self.buffers, tuple(learn.batch))
 
     def get_loss(self, learn):
         if not learn.training: return Learner.get_loss(learn)

@@ -12,6 +12,7 @@ from exp.nb_03 import accuracy
 from exp.nb_04 import DataLoader, Dataset
 from exp.nb_10 import (EVENTS, Accuracy, Callback, CancelBatch, CancelEpoch, CancelFit, Compile, Device, GradientAccumulation,
                        GradientClip, Learner, Metric, Metrics, MixedPrecision, OverfitOneBatch, Progress, Recorder, StopOnNaN)
+from exp.nb_12 import SGD
 
 N, BS = 96, 32
 
@@ -340,9 +341,11 @@ def test_mixed_precision_leaves_autocast():
 
 
 @pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='needs a C++ compiler')
-def test_compiled_equals_eager():
+@pytest.mark.parametrize('opt_func', [torch.optim.SGD, SGD], ids=['torch.optim', 'ours'])
+def test_compiled_equals_eager(opt_func):
     def train(cbs):
-        learn = new_learner(cbs, model=lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)), metrics=accuracy)
+        learn = new_learner(cbs, model=lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)), metrics=accuracy,
+                            opt_func=opt_func)
         learn.fit(3)
         assert {'predict', 'get_loss', 'backward'}.isdisjoint(vars(learn))
         return learn
