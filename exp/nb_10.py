@@ -255,7 +255,8 @@ class Metrics(Callback):
 
     @torch.no_grad()
     def after_loss(self, learn):
-        first, _ = learn.training not in self.seen, self.seen.add(learn.training)
+        first = learn.training not in self.seen
+        self.seen.add(learn.training)
         for m in self.sets[learn.training]:
             if hasattr(m, 'accumulate'): m.accumulate(learn)
             else: (m.to(learn.pred.device) if first else m).update(learn.pred, learn.yb)
