@@ -17,3 +17,4 @@ from exp.nb_04 import *
 from exp.nb_10 import *
 from exp.nb_11 import *
 from exp.nb_12 import *
+from exp.nb_13 import *

@@ -8,7 +8,7 @@ __all__ = ['EVENTS', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'Callback', 'Lea
            'GradientAccumulation', 'OverfitOneBatch', 'MixedPrecision', 'Compile', 'confusion_matrix']
 
 # %% ../nbs/10_learner.ipynb #100004
-import copy, csv, html, math, sys, time, traceback
+import copy, csv, html, itertools, math, sys, time, traceback
 from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
@@ -36,6 +36,7 @@ class Callback:
     "Base of callbacks: a method named as one of `EVENTS` is called at that event, with the `Learner`."
     order = 0     # lower goes first; equals go as given
     sweep = True  # takes part when `Learner.lr_find` tries learning rates
+    saved = ()    # names of the attributes that a checkpoint of a fit holds
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -44,6 +45,14 @@ class Callback:
             if meant and name not in EVENTS:
                 nearest = get_close_matches(name, EVENTS, n=1, cutoff=0)[0]
                 raise TypeError(f'expected an event, got {cls.__name__}.{name}: did you mean {nearest}?')
+
+    def state_dict(self) -> dict: # numbers, strings and tensors, in lists, tuples and dicts
+        "What to save of this callback, to go on in another process."
+        return {name: getattr(self, name) for name in self.saved}
+
+    def load_state_dict(self, state:dict): # from `state_dict`
+        "Take it over, after `before_fit`, or within an epoch after `before_epoch`."
+        vars(self).update(state)
 
 # %% ../nbs/10_learner.ipynb #100035
 class Learner:
@@ -65,6 +74,7 @@ class Learner:
         self.metrics, self.progress, self.opt, cbs = listify(metrics), progress, None, listify(cbs)
         self.cbs = [cb() for cb in self.default_cbs if not any(isinstance(c, cb) for c in cbs)] + cbs
         self.batch = self.pred = self.loss = None
+        self.running = ()  # the callbacks of the fit that is running, in their order
         self.results = {}  # of the last epoch, name -> number
 
     @property
@@ -77,6 +87,8 @@ class Learner:
     def backward(self): self.loss.backward()
     def step(self): self.opt.step()
     def zero_grad(self): self.opt.zero_grad()
+
+    def create_opt(self): self.opt = self.opt_func(self.model.parameters(), lr=self.lr)
 
 def _fields(batch):
     if isinstance(batch, (tuple, list)): return batch
@@ -128,7 +140,8 @@ def _phase(self:Learner, name, body, cancel):
 # %% ../nbs/10_learner.ipynb #100038
 @patch
 def _epochs(self:Learner):
-    for self.epoch in range(self.epoch, self.n_epochs): self._phase('epoch', self._one_epoch, CancelEpoch)
+    epochs = itertools.takewhile(lambda epoch: epoch < self.n_epochs, itertools.count(self.epoch))  # a callback may change both
+    for self.epoch in epochs: self._phase('epoch', self._one_epoch, CancelEpoch)
 
 @patch
 def _one_epoch(self:Learner):
@@ -137,10 +150,11 @@ def _one_epoch(self:Learner):
 
 @patch
 def _one_pass(self:Learner, dl, training):
-    self.training, self.n_iter, self.iter = training, _length(dl), -1
+    start = getattr(dl, 'start', 0)  # the number of its first batch, if some were done before
+    self.training, self.n_iter, self.iter = training, _length(dl), start - 1
     self.model.train(training)
     with torch.set_grad_enabled(training):
-        for self.iter, self.batch in enumerate(dl): self._one_batch()
+        for self.iter, self.batch in enumerate(dl, start): self._one_batch()
     if self.iter < 0:
         raise ValueError(f'expected batches to {"train" if training else "validate"} on, got none: '
                          'too few rows for drop_last, or a generator that is used up?')
@@ -163,10 +177,10 @@ def _let_go(error):
 def _running(self:Learner, cbs):
     for cb in cbs:
         if not isinstance(cb, Callback): raise TypeError(f'expected a Callback, got {cb!r}' + ': call it?'*isinstance(cb, type))
-    cbs = sorted(cbs, key=lambda cb: cb.order)
-    before = {k: vars(self).get(k) for k in ('_on', 'training', 'iter', 'n_iter', 'epoch', 'n_epochs', 'batch', 'pred', 'loss')}
+    cbs = tuple(sorted(cbs, key=lambda cb: cb.order))
+    before = {k: vars(self).get(k) for k in ('_on', 'running', 'training', 'iter', 'n_iter', 'epoch', 'n_epochs', 'batch', 'pred', 'loss')}
     modes = [(m, m.training) for m in self.model.modules()]
-    self._on = SimpleNamespace(**{e: tuple(getattr(cb, e) for cb in cbs if hasattr(cb, e)) for e in EVENTS})
+    self.running, self._on = cbs, SimpleNamespace(**{e: tuple(getattr(cb, e) for cb in cbs if hasattr(cb, e)) for e in EVENTS})
     try: yield
     except BaseException as error:
         _let_go(error)
@@ -184,7 +198,7 @@ def fit(self:Learner,
         reset_opt:bool=False): # make a new optimizer instead of going on with the old one
     "Train. However it ends, the Learner stays usable; raises `ValueError` for a wrong `n_epochs`, `lr` or empty data."
     if n_epochs < 1: raise ValueError(f'expected at least 1 epoch, got {n_epochs}')
-    if self.opt is None or reset_opt: self.opt = self.opt_func(self.model.parameters(), lr=self.lr)
+    if self.opt is None or reset_opt: self.create_opt()
     groups, before = self.opt.param_groups, [g['lr'] for g in self.opt.param_groups]
     lrs = before if lr is None else lr if isinstance(lr, (tuple, list)) else [lr]*len(groups)
     if len(lrs) != len(groups): raise ValueError(f'expected {len(groups)} learning rates, one a group, got {len(lrs)}')
@@ -194,7 +208,7 @@ def fit(self:Learner,
             self.n_epochs, self.epoch = n_epochs, 0
             self._phase('fit', self._epochs, CancelFit)
     finally:
-        for group, lr in zip(groups, before): group['lr'] = lr
+        for group, lr in zip(self.opt.param_groups, before): group['lr'] = lr
         self.zero_grad()
 
 # %% ../nbs/10_learner.ipynb #100067
@@ -206,19 +220,29 @@ class Metric:
         self.func, self.name = func, name or getattr(func, '__name__', type(func).__name__)
         self.reset()
 
-    def reset(self): self.total, self.n = None, 0
+    def reset(self): self.total, self.n, self.pending = 0., 0, []
 
     def add(self,
             value:Tensor, # mean over `n` rows, 0-d
             n:int): # rows
         "Count `value` for `n` rows."
-        if self.total is None: self.total = value.detach().float()*n
-        else: self.total.add_(value.detach(), alpha=n)
+        self.pending.append((value.detach(), n))
         self.n += n
+        if len(self.pending) == 100: self.settle()
+
+    def settle(self):
+        "Add up what is pending."
+        if not self.pending: return
+        values, sizes = zip(*self.pending)
+        values, self.pending = torch.stack(values).float(), []  # (batches,)
+        self.total = self.total + values @ torch.tensor(sizes, dtype=values.dtype, device=values.device)
 
     def update(self, pred, target): self.add(self.func(pred, target), len(target))
     def accumulate(self, learn): self.update(learn.pred, learn.yb)
-    def compute(self): return self.total/self.n if self.n else math.nan
+
+    def compute(self):
+        self.settle()
+        return self.total/self.n if self.n else math.nan
 
 class Accuracy(Metric):
     "Share of rows whose largest score is the target's."
@@ -231,8 +255,8 @@ class Loss(Metric):
 
 def n_rows(batch) -> int: # length of the first tensor in a nest of dicts, tuples and lists
     "The number of rows of a batch."
-    while not hasattr(batch, 'shape'): batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
-    return len(batch)
+    while isinstance(batch, (tuple, list, dict)): batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+    return batch.shape[0]
 
 # %% ../nbs/10_learner.ipynb #100071
 class Metrics(Callback):
@@ -250,25 +274,39 @@ class Metrics(Callback):
         self.before_epoch(learn)
 
     def before_epoch(self, learn):
-        self.seen = set()
         for m in self.sets[True] + self.sets[False]: m.reset()
 
-    @torch.no_grad()
     def after_loss(self, learn):
-        first = learn.training not in self.seen
-        self.seen.add(learn.training)
-        for m in self.sets[learn.training]:
+        loss, *others = self.sets[learn.training]
+        if others: self.measure(learn, others, first=not loss.n)
+        loss.accumulate(learn)
+
+    @torch.no_grad()
+    def measure(self, learn, metrics, first):
+        for m in metrics:
             if hasattr(m, 'accumulate'): m.accumulate(learn)
             else: (m.to(learn.pred.device) if first else m).update(learn.pred, learn.yb)
 
     def after_epoch(self, learn): learn.results = self.read()
 
+    def state_dict(self):
+        return {training: [{k: v for k, v in vars(m).items() if _is_plain(v)} for m in metrics] for training, metrics in self.sets.items()}
+
+    def load_state_dict(self, state):
+        for training, metrics in self.sets.items():
+            for m, values in zip(metrics, state[training]): vars(m).update(values)
+
     def read(self):
         values = {('train_' if training else 'valid_'*isinstance(m, Loss)) + _metric_name(m): torch.as_tensor(m.compute()).float()
-                  for training in (True, False) if training in self.seen for m in self.sets[training]}
+                  for training, metrics in self.sets.items() if metrics[0].n for m in metrics}
         devices = {v.device for v in values.values()}
         device = next((d for d in devices if d.type != 'cpu'), torch.device('cpu'))
         return dict(zip(values, torch.stack([v.to(device) for v in values.values()]).tolist())) if values else {}
+
+def _is_plain(value):
+    "Whether a checkpoint can hold it."
+    if isinstance(value, dict): value = [*value, *value.values()]
+    return all(map(_is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, (int, float, str, Tensor, type(None)))
 
 def _metric_name(metric): return getattr(metric, 'name', type(metric).__name__)
 
@@ -277,7 +315,7 @@ Learner.default_cbs += (Metrics,)
 # %% ../nbs/10_learner.ipynb #100077
 class Recorder(Callback):
     "Keeps losses, learning rates and momenta by batch, results and seconds by epoch, of the last fit: `learn.recorder`."
-    order, sweep = 5, False
+    order, sweep, saved = 5, False, ('chunks', 'lrs', 'momenta', 'epochs')
     def before_fit(self, learn):
         learn.recorder = self
         self.chunks, self.lrs, self.momenta, self.epochs = [], [], [], []
@@ -593,6 +631,11 @@ class MixedPrecision(Callback):
         if device != 'cuda': raise ValueError(f'expected a model on CUDA for float16, got one on {device}: use bfloat16')
         self.scaler, self.backward = torch.amp.GradScaler(device), learn.backward
         learn.backward, learn.step = partial(self.scaled_backward, learn), partial(self.scaled_step, learn)
+
+    def state_dict(self): return {} if self.dtype is torch.bfloat16 else self.scaler.state_dict()
+
+    def load_state_dict(self, state):
+        if state: self.scaler.load_state_dict(state)
 
     def scaled_backward(self, learn):
         loss, learn.loss = learn.loss, self.scaler.scale(learn.loss)

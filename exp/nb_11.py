@@ -129,7 +129,7 @@ def fit_one_cycle(self:Learner,
                   cbs=(), # more callbacks, for this fit
                   reset_opt:bool=False): # make a new optimizer instead of going on with the old one
     "`fit` with one cycle of learning rate and momentum (Smith and Topin, 2018)."
-    if self.opt is None or reset_opt: self.opt = self.opt_func(self.model.parameters(), lr=self.lr)
+    if self.opt is None or reset_opt: self.create_opt()
     lrs = listify(self.lr if lr_max is None else lr_max)*(1 if isinstance(lr_max, (tuple, list)) else len(self.opt.param_groups))
     scheds = dict(lr=[sched_one_cycle(lr/div, lr, lr/div_final, pct_start) for lr in lrs])
     if moms and all('betas' in g or g.get('momentum') for g in self.opt.param_groups):

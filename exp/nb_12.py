@@ -285,7 +285,7 @@ def _matrices_and_rest(params):
 # %% ../nbs/12_optimizers.ipynb #120069
 class EMA(Callback):
     "Keeps an exponential moving average of the weights, validates with it, and leaves it in the model after the fit."
-    sweep = False
+    sweep, saved = False, ('mean', 'averaged')
     def __init__(self, decay:float=0.99): # share of the mean that is kept at each step, in [0, 1)
         if not 0 <= decay < 1: raise ValueError(f'expected decay in [0, 1), got {decay}')
         self.decay, self.averaged, self.mean = decay, False, None
@@ -311,5 +311,7 @@ class EMA(Callback):
     def cleanup_epoch(self, learn):
         if self.averaged: self.swap()
 
-    def after_fit(self, learn): self.swap()
+    def after_fit(self, learn):
+        if not self.averaged: self.swap()
+
     def cleanup_fit(self, learn): self.params = self.mean = None
