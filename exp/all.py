@@ -18,3 +18,4 @@ from exp.nb_10 import *
 from exp.nb_11 import *
 from exp.nb_12 import *
 from exp.nb_13 import *
+from exp.nb_14 import *

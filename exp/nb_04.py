@@ -4,19 +4,14 @@
 
 # %% auto #0
 __all__ = ['Row', 'RecordedLoss', 'Optimizer', 'Dataset', 'Sampler', 'collate', 'DataLoader', 'validate', 'get_dls', 'get_model',
-           'train_epoch', 'print_row', 'fit', 'most_wrong', 'plot_training', 'exp_train']
+           'train_epoch', 'print_row', 'fit', 'most_wrong']
 
 # %% ../nbs/04_training.ipynb #040004
-import argparse, math, os, sys, time
+import math, time
 from collections import namedtuple
-from pathlib import Path
 import torch
-import torch.nn.functional as F
-from fastcore.script import anno_parser
 from torch import Tensor, nn
 from tqdm import tqdm
-from .nb_00 import set_seed, show_image
-from .nb_01 import get_data, get_test_data
 from .nb_02 import Model
 from .nb_03 import accuracy
 
@@ -213,80 +208,3 @@ def most_wrong(model:nn.Module, # in evaluation mode, if it has such layers
     prob, pred = model(x).softmax(-1).max(-1)
     idxs = torch.where(pred == y, 0, prob).topk(min(k, int((pred != y).sum()))).indices
     return idxs, pred[idxs], prob[idxs]
-
-# %% ../nbs/04_training.ipynb #040139
-def _save(fig, path):
-    "Write a figure to `path` all at once: an old one stays until the new one is complete."
-    part = path.with_name(f'.{path.stem}.part{path.suffix}')
-    fig.savefig(part, dpi=120)
-    part.replace(path)
-
-# %% ../nbs/04_training.ipynb #040140
-def plot_training(losses:Tensor, # training loss of each batch (steps,)
-                  rows:list, # `Row` of each epoch
-                  model:nn.Module, # in evaluation mode
-                  x:Tensor, # images (n, 784)
-                  y:Tensor, # labels (n,)
-                  path): # where the picture goes; its suffix says the format
-    "Draw the learning curve and the twelve most confidently wrong digits, and write them to `path` atomically."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(10, 3.6), layout='constrained')
-    left, right = fig.subfigures(1, 2, width_ratios=(1, 1.1))
-    ax, steps, k = left.subplots(), len(losses)//len(rows), max(1, len(losses)//100)
-    means = losses[:len(losses)//k*k].view(-1, k).mean(1)
-    ax.plot(torch.arange(len(means))*k/steps, means, label=f'training, mean of {k} batches')
-    ax.plot([r.epoch + 1 for r in rows], [r.valid_loss for r in rows], 'o-', label='validation')
-    ax.set(yscale='log', xlabel='epoch', ylabel='loss (log scale)', title='Learning curve')
-    ax.legend()
-    right.suptitle('Most confidently wrong: label, prediction, confidence')
-    for a in right.subplots(2, 6).flat: a.set_axis_off()
-    for a, i, c, p in zip(right.axes, *most_wrong(model, x, y)):
-        show_image(x[i].view(28, 28), a, f'{y[i]} as {c}\n{p:.1%}')
-    _save(fig, Path(path))
-
-# %% ../nbs/04_training.ipynb #040142
-def _check_options(epochs, bs, lr, hidden, out):
-    "Raise `ValueError` for an option out of its range, before any work is done."
-    for name, value in dict(epochs=epochs, bs=bs, hidden=hidden).items():
-        if value < 1: raise ValueError(f'expected --{name} of at least 1, got {value}')
-    if bs > 50_000: raise ValueError(f'expected --bs of at most 50000, the size of the training set, got {bs}')
-    if not 0 < lr < math.inf: raise ValueError(f'expected --lr above 0, got {lr}')
-    if out.suffix not in ('.png', '.svg', '.pdf'): raise ValueError(f'expected --out to end in .png, .svg or .pdf, got {out}')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(out.parent, os.W_OK): raise ValueError(f'expected --out in a writable folder, got {out}')
-
-# %% ../nbs/04_training.ipynb #040144
-def exp_train(epochs:int=10, # passes over the training set
-              bs:int=64, # batch size, 1 to 50000
-              lr:float=0.3, # learning rate, > 0
-              hidden:int=100, # hidden units
-              seed:int=42, # of weights and shuffling, 0 to 2**32 - 1
-              dataset:str='mnist', # mnist, fashion_mnist or kmnist
-              data_dir:str=None, # folder with the four files of the dataset
-              out:str='runs/digits.png'): # where the picture goes: .png, .svg or .pdf
-    "Train a two-layer network on digits; show a table, the test accuracy and a picture of curve and mistakes."
-    _check_options(epochs, bs, lr, hidden, Path(out))
-    threads, rows, loss_func = torch.get_num_threads(), [], RecordedLoss(F.cross_entropy)
-    torch.set_num_threads(1)  # faster than two for so small a model
-    try:
-        set_seed(seed)
-        x_train, y_train, x_valid, y_valid = get_data(dataset, data_dir)
-        x_test, y_test = get_test_data(dataset, data_dir)
-        model, opt = get_model(x_train.shape[1], hidden, 10, lr)
-        dls = get_dls(Dataset(x_train, y_train), Dataset(x_valid, y_valid), bs, seed)
-        fit(epochs, model, loss_func, opt, *dls, log=lambda row: (rows.append(row), print_row(row)))
-        acc = validate(model, F.cross_entropy, DataLoader(Dataset(x_test, y_test), 2*bs))[1]
-        print(f'test accuracy: {acc:.2%} of {len(y_test):,} images, after {sum(r.seconds for r in rows):.1f} s')
-        plot_training(torch.stack(loss_func.losses), rows, model.eval(), x_test, y_test, out)
-        print(f'picture: {out}')
-    finally: torch.set_num_threads(threads)
-
-# %% ../nbs/04_training.ipynb #040149
-def _exp_train_command(argv=None):
-    "`exp_train` for the shell; `argv` instead of the command line's options, for tests."
-    parser = anno_parser(exp_train, 'exp_train')
-    parser.add_argument('--data-dir', dest='data_dir', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    options = vars(parser.parse_args(argv))
-    try: exp_train(**{k: v for k, v in options.items() if k not in ('pdb', 'xtra')})
-    except (ValueError, OSError) as e: sys.exit(f'exp_train: {e}')
-    except KeyboardInterrupt: sys.exit('exp_train: interrupted')

@@ -152,7 +152,7 @@ class _Signals:
     def catch(self):
         if threading.current_thread() is not threading.main_thread(): return  # only there may signals be caught
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not None: self.old[number] = signal.signal(number, self.note)
+            if signal.getsignal(number) not in (None, signal.SIG_IGN): self.old[number] = signal.signal(number, self.note)
 
     def note(self, number, frame):
         again, self.asked = self.asked, number

@@ -12,8 +12,10 @@ for target in "${@:-train}"; do
     grep -q '^epoch  train_loss  valid_loss  accuracy  seconds$' "$folder/log"
     test "$(grep -cE '^ +[0-9]+ +[0-9.]+ +[0-9.]+ +0\.[0-9]+ +[0-9.]+$' "$folder/log")" = 10
     grep -qE '^test accuracy: 9[789]\.' "$folder/log"
-    test -s "$(sed -n 's/^picture: //p' "$folder/log")"
-    echo 'a fresh clone trains, and shows its table, its accuracy and its picture'
+    run=$(sed -n 's/^run: //p' "$folder/log")
+    for file in config.json metrics.csv model.safetensors curves.png mistakes.png log.txt results.json; do test -s "$run/$file"; done
+    .venv/bin/exp_runs | grep -q "^$(basename "$run") .* 10/10 "
+    echo 'a fresh clone trains, shows its table and its accuracy, and leaves its run in a folder'
   fi
 done
 test -z "$(git status --porcelain)"

@@ -3,7 +3,6 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
-import exp.nb_04 as nb_04
 from exp.nb_04 import DataLoader, Dataset, Sampler, collate, fit, get_dls, get_model, train_epoch, validate
 
 relaxed = settings(deadline=None, derandomize=True, max_examples=100)
@@ -140,26 +139,3 @@ def test_no_batches_is_an_error_that_says_so():
     _, model, opt = little()
     empty, _ = get_dls(Dataset(torch.randn(3, 4), torch.zeros(3).long()), [], 8)
     with pytest.raises(ValueError, match='drop_last'): train_epoch(model, torch.nn.functional.cross_entropy, opt, empty)
-
-
-@pytest.mark.parametrize('option, words', [
-    (dict(epochs=0), 'at least 1, got 0'), (dict(bs=0), '--bs of at least 1, got 0'), (dict(bs=50_001), 'at most 50000'),
-    (dict(lr=0.), 'got 0.0'), (dict(lr=float('nan')), 'got nan'), (dict(hidden=-1), 'got -1'), (dict(seed=-1), 'got -1'),
-    (dict(dataset='mnits'), "got 'mnits'"), (dict(data_dir='nowhere'), 'nowhere'), (dict(out='digits.txt'), 'digits.txt')])
-def test_exp_train_names_what_is_wrong(option, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    with pytest.raises((ValueError, OSError), match=words): nb_04.exp_train(**option)
-    with pytest.raises(SystemExit, match=words): nb_04._exp_train_command([f'--{k.replace("_", "-")}={v}' for k, v in option.items()])
-    assert torch.get_num_threads() == threads and not list(tmp_path.glob('**/*.png'))
-
-
-@pytest.mark.parametrize('seed', [0, 1, 2])
-def test_exp_train_reaches_97_percent(seed, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    nb_04.exp_train(seed=seed)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'seconds'] and len(lines) == 13
-    assert float(lines[-2].split('%')[0].split()[-1]) >= 97
-    assert lines[-1] == 'picture: runs/digits.png'
-    assert [p.name for p in (tmp_path/'runs').iterdir()] == ['digits.png']
