@@ -3,6 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 META := settings.ini setup.py constraints.txt
+# The peers have an environment of their own, with pins of their own. fastai goes in without its dependencies: it asks for torchvision
+# and spacy, which what is used of it doesn't import. 2.8.7 is the last one that runs with fastcore 1, as exp does.
+BENCH := .venv-bench/bin/python
+BENCH_PINS := tests/benchmarks/peers/constraints.txt
+BENCH_PIP := $(BENCH) -m pip install -qq --disable-pip-version-check -c $(BENCH_PINS)
+PEERS := lightning pytorch-ignite skorch accelerate keras fastprogress fastdownload fasttransform pandas requests
 NOTEBOOKS := $(wildcard nbs/*.ipynb)
 # In the README the notebooks and the picture lie one folder down.
 LINKS := sed -E 's,\]\(([^)/:]+\.(ipynb|png))\),](nbs/\1),g'
@@ -10,7 +16,7 @@ LINKS := sed -E 's,\]\(([^)/:]+\.(ipynb|png))\),](nbs/\1),g'
 export OMP_NUM_THREADS ?= 1
 
 help:  ## list these targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 train: .venv/.run  ## train on MNIST, show the results; options in ARGS='--epochs 3'
 	@$(BIN)/exp_train $(ARGS)
@@ -42,6 +48,9 @@ bench: .venv/.dev  ## time the training loop, the Learner, the optimizers and th
 	$(BIN)/python tests/benchmarks/loop.py
 	$(BIN)/python tests/benchmarks/learner.py
 
+bench-peers: .venv-bench/.done  ## time other training libraries side by side with ours; options in ARGS='--rounds 15'
+	$(BENCH) tests/benchmarks/peers/run.py $(ARGS)
+
 # Stamps: an environment is made anew when its requirements change, and finished if it was interrupted.
 .venv/.run: $(META)
 	$(PYTHON) -m venv .venv
@@ -53,4 +62,10 @@ bench: .venv/.dev  ## time the training loop, the Learner, the optimizers and th
 	$(PIP) -e '.[dev]'
 	@touch $@ .venv/.run
 
-.PHONY: help train test lab run export check bench
+.venv-bench/.done: $(META) $(BENCH_PINS)
+	$(PYTHON) -m venv .venv-bench
+	$(BENCH_PIP) -e . $(PEERS)
+	$(BENCH_PIP) --no-deps fastai
+	@touch $@
+
+.PHONY: help train test lab run export check bench bench-peers
