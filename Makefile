@@ -10,8 +10,8 @@ BENCH_PINS := tests/benchmarks/peers/constraints.txt
 BENCH_PIP := $(BENCH) -m pip install -qq --disable-pip-version-check -c $(BENCH_PINS)
 PEERS := lightning pytorch-ignite skorch accelerate keras fastprogress fastdownload fasttransform pandas requests
 NOTEBOOKS := $(wildcard nbs/*.ipynb)
-# In the README the notebooks and the picture lie one folder down.
-LINKS := sed -E 's,\]\(([^)/:]+\.(ipynb|png))\),](nbs/\1),g'
+# In the README the notebooks and their picture lie one folder down, and everything else one folder less far up.
+LINKS := sed -E 's,\]\(([^)/:]+\.(ipynb|png))\),](nbs/\1),g; s,\]\(\.\./,](,g'
 # The models here are so small that a second thread slows them down.
 export OMP_NUM_THREADS ?= 1
 
