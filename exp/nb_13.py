@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 import exp
-from .nb_10 import Callback, Learner, Recorder, to_device
+from .nb_10 import Callback, Learner, Recorder, _length, to_device
 from .nb_11 import get_rng_state, set_rng_state
 
 # %% ../nbs/13_checkpoints.ipynb #130023
@@ -80,7 +80,7 @@ def _checkpoints(folder): return sorted(Path(folder).glob('epoch*-batch*.pt'))  
 
 # %% ../nbs/13_checkpoints.ipynb #130036
 def _state_of(learn, dls):
-    cbs = learn.running or [learn.recorder] if hasattr(learn, 'recorder') else learn.running
+    cbs = learn.running or ([learn.recorder] if hasattr(learn, 'recorder') else [])
     return dict(format=FORMAT, versions=dict(exp=exp.__version__, torch=str(torch.__version__), numpy=np.__version__, python=platform.python_version()),
                 model=learn.model.state_dict(), opt=learn.opt and dict(name=type(learn.opt).__name__, state=learn.opt.state_dict()),
                 random=get_rng_state(dls), results=learn.results,
@@ -186,7 +186,7 @@ class Monitor(Callback):
 # %% ../nbs/13_checkpoints.ipynb #130049
 class Checkpoint(Monitor):
     "Saves a fit to `folder` after each epoch, and on Ctrl-C or SIGTERM; goes on with one that was interrupted, bit for bit."
-    order, sweep, saved = 100, False, ('best', 'best_name')
+    order, saved = 100, ('best', 'best_name')
     def __init__(self,
                  folder, # for the files, `epochEEEE-batchBBBBBB.pt`: so many epochs and batches are done
                  every:int=None, # training batches from one to the next within an epoch, too; None: none
@@ -206,70 +206,35 @@ class Checkpoint(Monitor):
         if path: self._go_on(learn, read_checkpoint(path), path)
         self.signals.catch()
 
+    def before_epoch(self, learn):
+        if self.state: self._go_on_within(learn)
+        self.random, self.last = get_rng_state(self.dls), getattr(learn.dls[0], 'start', 0)
+
+    def after_batch(self, learn):
+        if not learn.training: return
+        done, asked = learn.iter + 1, self.signals.asked
+        due = asked or self.every and done - self.last >= self.every
+        if due and learn.loss.isfinite(): self._save(learn, learn.epoch, done)  # from nan nobody wants to go on
+        if asked: self.signals.release()
+
+    def after_epoch(self, learn):
+        if self.monitor and self.improved(learn): self.best_name = _file_name(learn.epoch + 1, 0)
+        self._save(learn, learn.epoch + 1, 0)
+        if self.signals.asked: self.signals.release()
+
+    def cleanup_epoch(self, learn): learn.dls = self.dls
     def cleanup_fit(self, learn): self.signals.release()
+
+def _file_name(epoch, done): return f'epoch{epoch:04}-batch{done:06}.pt'
 
 # %% ../nbs/13_checkpoints.ipynb #130050
 @patch
-def _go_on(self:Checkpoint, learn, state, path):
-    where = state.get('fit')
-    if not where: raise CheckpointError(f'{path}: expected a checkpoint of a fit, found one from between two: see load_checkpoint')
-    now, then = (self.lrs, self._n_iter(learn)), (where['lrs'], where['n_iter'])
-    if now != then: raise CheckpointError(f'{path}: expected learning rates and batches an epoch {now}, as in this fit, found {then}')
-    _restore(learn, state, path)
-    learn.epoch = where['epoch']
-    if where['ended']: learn.n_epochs = learn.epoch
-    if where['iter']: self.state = state
-    else: _load_states(learn, state)
-
-@patch
-def _n_iter(self:Checkpoint, learn): return len(learn.dls[0]) if hasattr(learn.dls[0], '__len__') else None
-
-def _load_states(learn, state):
-    device, left = next(learn.model.parameters()).device, list(state['cbs'])
-    for cb in learn.running:
-        found = next((pair for pair in left if pair[0] == type(cb).__name__), None)
-        if found:
-            left.remove(found)
-            cb.load_state_dict(to_device(found[1], device))
-    if left: warnings.warn(f'the checkpoint has the state of {[name for name, _ in left]}, which this fit is without')
-
-# %% ../nbs/13_checkpoints.ipynb #130051
-@patch
-def before_epoch(self:Checkpoint, learn):
-    if self.state:
-        state, self.state = self.state, None
-        _load_states(learn, state)
-        set_rng_state(state['fit']['random'], self.dls)
-        learn.dls = _Rest(learn.dls[0], state['fit']['iter'], state['random'], self.dls), learn.dls[1]
-    self.random, self.last = get_rng_state(self.dls), getattr(learn.dls[0], 'start', 0)
-
-@patch
-def after_batch(self:Checkpoint, learn):
-    if not learn.training: return
-    done = learn.iter + 1
-    if self.signals.asked or self.every and done - self.last >= self.every: self._save(learn, learn.epoch, done)
-
-@patch
-def after_epoch(self:Checkpoint, learn):
-    if self.monitor and self.improved(learn): self.best_name = self._name(learn.epoch + 1, 0)
-    self._save(learn, learn.epoch + 1, 0)
-
-@patch
-def cleanup_epoch(self:Checkpoint, learn): learn.dls = self.dls
-
-# %% ../nbs/13_checkpoints.ipynb #130052
-@patch
-def _name(self:Checkpoint, epoch, done): return f'epoch{epoch:04}-batch{done:06}.pt'
-
-@patch
 def _save(self:Checkpoint, learn, epoch, done):
-    if done and not learn.loss.isfinite(): return  # not worth going on with
     self.last = done
-    where = dict(epoch=epoch, iter=done, ended=learn.n_epochs < self.planned, n_iter=self._n_iter(learn), lrs=self.lrs, random=self.random)
-    _write(_state_of(learn, self.dls) | dict(fit=where), self.folder/self._name(epoch, done))
+    where = dict(epoch=epoch, iter=done, ended=learn.n_epochs < self.planned, n_iter=_length(learn.dls[0]), lrs=self.lrs, random=self.random)
+    _write(_state_of(learn, self.dls) | dict(fit=where), self.folder/_file_name(epoch, done))
     for path in _checkpoints(self.folder)[:-self.keep]:
         if path.name != self.best_name: path.unlink()
-    if self.signals.asked: self.signals.release()
 
 def last_checkpoint(folder, # of a `Checkpoint`
                    ) -> Path: # or None, if there is none
@@ -281,7 +246,36 @@ def last_checkpoint(folder, # of a `Checkpoint`
         warnings.warn(f'{path}: {fault}; trying an older one')
     if paths: raise CheckpointError(f'{folder}: expected a good checkpoint, found {len(paths)}, all of them damaged')
 
-# %% ../nbs/13_checkpoints.ipynb #130068
+# %% ../nbs/13_checkpoints.ipynb #130051
+@patch
+def _go_on(self:Checkpoint, learn, state, path):
+    where = state.get('fit')
+    if not where: raise CheckpointError(f'{path}: expected a checkpoint of a fit, found one from between two: see load_checkpoint')
+    now, then = (self.lrs, _length(learn.dls[0])), (where['lrs'], where['n_iter'])
+    if now != then: raise CheckpointError(f'{path}: expected learning rates and batches an epoch {now}, as in this fit, found {then}')
+    _restore(learn, state, path)
+    learn.epoch = where['epoch']
+    if where['ended']: learn.n_epochs = learn.epoch
+    if where['iter']: self.state = state
+    else: _load_states(learn, state)
+
+@patch
+def _go_on_within(self:Checkpoint, learn):
+    state, self.state = self.state, None
+    _load_states(learn, state)
+    set_rng_state(state['fit']['random'], self.dls)
+    learn.dls = _Rest(learn.dls[0], state['fit']['iter'], state['random'], self.dls), learn.dls[1]
+
+def _load_states(learn, state):
+    device, left = next((p.device for p in learn.model.parameters()), 'cpu'), list(state['cbs'])
+    for cb in learn.running:
+        found = next((pair for pair in left if pair[0] == type(cb).__name__), None)
+        if found:
+            left.remove(found)
+            cb.load_state_dict(to_device(found[1], device))
+    if left: warnings.warn(f'the checkpoint has the state of {[name for name, _ in left]}, which this fit is without')
+
+# %% ../nbs/13_checkpoints.ipynb #130067
 def save_weights(model, # nn.Module
                  path): # file to write, `.safetensors`; an old one stays until the new one is complete
     "Write weights and buffers in the safetensors format."
@@ -299,7 +293,7 @@ def load_weights(model, # nn.Module with the same names and shapes
     _check_weights(model, weights, path)
     model.load_state_dict(weights)
 
-# %% ../nbs/13_checkpoints.ipynb #130073
+# %% ../nbs/13_checkpoints.ipynb #130072
 class SaveBest(Monitor):
     "Saves the weights of the best epoch, and puts them into the model after the fit."
     order = 20
