@@ -1,5 +1,5 @@
-"One thread, no display, and a fixed seed before each test."
-import os
+"One thread, no display, Ctrl-C as in the foreground, and a fixed seed before each test."
+import os, signal
 os.environ['MPLBACKEND'] = 'Agg'
 
 import pytest
@@ -7,6 +7,7 @@ import torch
 from exp.nb_00 import set_seed
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it
 
 
 @pytest.fixture(autouse=True)
