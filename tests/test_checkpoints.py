@@ -40,6 +40,11 @@ class Draws(Callback):
 for event in EVENTS:
     if not event.startswith('cleanup'): setattr(Draws, event, lambda self, learn: torch.rand(1))
 
+class LessDecay(Callback):
+    "Halves an option of the optimizer after each epoch."
+    def after_epoch(self, learn):
+        for group in learn.opt.param_groups: group['weight_decay'] /= 2
+
 def new_learner(seed, loader=our_loader, opt_func=AdamW, cbs=(), **kwargs):
     set_seed(seed)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), nn.Linear(8, 3))
@@ -74,6 +79,7 @@ SETTINGS = {
     "torch's loader and AdamW": (dict(opt_func=torch.optim.AdamW, loader=torch_loader), lambda: [cycle()]),
     'momentum, scheduled': (dict(opt_func=partial(SGD, momentum=0.9)), lambda: [Scheduler(momentum=sched_cos(0.5, 0.9), lr=sched_cos(0.1, 0))]),
     'Muon, mixed precision': (dict(opt_func=Muon), lambda: [cycle(), MixedPrecision()]),
+    'an option that a callback changes': (dict(opt_func=AdamW), lambda: [LessDecay()]),
     'accumulation': (dict(opt_func=torch.optim.SGD), lambda: [GradientAccumulation(2)]),
     'random numbers at every event': (dict(opt_func=torch.optim.Adam), lambda: [Draws(), EMA(0.5)]),
     'device': (dict(opt_func=torch.optim.Adam), lambda: [cycle(), Device('cpu')])}
