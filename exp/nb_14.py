@@ -65,8 +65,9 @@ class Settings:
             if getattr(self, key) not in allowed: raise ValueError(f'expected --{key} in {[*allowed]}, got {getattr(self, key)!r}')
         if self.lr is None: self.lr = OPTIMIZERS[self.opt][1]
         if self.name is None: self.name = f'{self.dataset}-{self.model}-{self.opt}'
-        for key, low, high in (('epochs', 1, math.inf), ('bs', 1, 50_000), ('hidden', 1, math.inf), ('seed', 0, 2**32 - 1)):
-            if not low <= getattr(self, key) <= high: raise ValueError(f'expected --{key} of {low} to {high}, got {getattr(self, key)}')
+        for key, least, most in (('epochs', 1, math.inf), ('bs', 1, 50_000), ('hidden', 1, math.inf), ('seed', 0, 2**32 - 1)):
+            limits = f'at least {least}' + f' and at most {most}'*(most < math.inf)
+            if not least <= getattr(self, key) <= most: raise ValueError(f'expected --{key} of {limits}, got {getattr(self, key)}')
         if not 0 < self.lr < math.inf: raise ValueError(f'expected --lr above 0, got {self.lr}')
         if Path(self.name).name != self.name: raise ValueError(f'expected --name without a folder, got {self.name!r}')
         if self.tensorboard and not find_spec('tensorboard'): raise ValueError('expected tensorboard to be installed, found none: pip install tensorboard')

@@ -33,7 +33,7 @@ def test_the_default_reaches_97_percent(seed, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('option, words', [
-    (dict(epochs=0), '--epochs of 1 to inf, got 0'), (dict(bs=0), '--bs of 1 to 50000, got 0'), (dict(bs=50_001), '--bs of 1 to 50000, got 50001'),
+    (dict(epochs=0), '--epochs of at least 1, got 0'), (dict(bs=0), '--bs of at least 1 and at most 50000, got 0'), (dict(bs=50_001), 'at most 50000, got 50001'),
     (dict(lr=0.), '--lr above 0, got 0.0'), (dict(lr=float('nan')), 'got nan'), (dict(hidden=-1), 'got -1'), (dict(seed=-1), 'got -1'),
     (dict(dataset='mnits'), r"--dataset in \['mnist', 'fashion_mnist', 'kmnist'\], got 'mnits'"), (dict(data_dir='nowhere'), 'nowhere'),
     (dict(model='mpl'), r"--model in \['linear', 'mlp', 'deep'\], got 'mpl'"), (dict(opt='adamm'), "'muon'.*got 'adamm'"),
