@@ -331,6 +331,14 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
     with pytest.raises(FileNotFoundError): load_checkpoint(new_learner(1), tmp_path/'nothing.pt')
 
 
+def test_a_checkpoint_from_before_any_fit(tmp_path):
+    fresh, trained = new_learner(42), new_learner(1)
+    save_checkpoint(fresh, tmp_path/'a.pt')
+    trained.fit(1)
+    load_checkpoint(trained, tmp_path/'a.pt')
+    assert trained.opt is None and same(trained.model.state_dict(), fresh.model.state_dict())
+
+
 def test_a_fit_of_another_kind_is_not_resumed(tmp_path):
     new_learner(42).fit(1, cbs=Checkpoint(tmp_path))
     with pytest.raises(FileExistsError, match='resume=True, found'): new_learner(42).fit(1, cbs=Checkpoint(tmp_path))
@@ -366,6 +374,12 @@ def test_the_last_and_the_best_stay(tmp_path):
     assert [p.name for p in _checkpoints(tmp_path)] == ['epoch0003-batch000000.pt', 'epoch0005-batch000004.pt', 'epoch0006-batch000000.pt']
     new_learner(1).fit(8, cbs=cbs())
     assert [p.name for p in _checkpoints(tmp_path)] == ['epoch0003-batch000000.pt', 'epoch0007-batch000004.pt', 'epoch0008-batch000000.pt']
+
+
+def test_every_counts_from_where_a_fit_goes_on(tmp_path):
+    with pytest.raises(KeyboardInterrupt): new_learner(42).fit(1, cbs=[Send('after_loss', signal.SIGINT), Checkpoint(tmp_path, keep=9)])
+    new_learner(42).fit(1, cbs=Checkpoint(tmp_path, every=2, keep=9, resume=True))
+    assert [p.name[10:] for p in _checkpoints(tmp_path)] == ['batch000002.pt', 'batch000004.pt', 'batch000000.pt']
 
 
 def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):

@@ -117,6 +117,19 @@ def test_ctrl_c_in_the_shell(tmp_path):
     assert resume[:2] == ['exp_train', '--resume'] and [*(tmp_path/resume[2]/'checkpoint').glob('epoch*')]
 
 
+def test_the_weights_are_those_of_the_most_accurate_epoch(small):
+    folder = exp_train(epochs=8, sched='constant', seed=2)
+    rows = read_metrics(folder)
+    best = max(rows, key=lambda row: row['accuracy'])
+    assert load_run(folder.name).validate()['accuracy'] == best['accuracy'] and best != min(rows, key=lambda row: row['valid_loss'])
+
+
+def test_the_seed_is_that_of_weights_and_order(small):
+    a, b, c = (make_learner(Settings(seed=seed)) for seed in (1, 1, 2))
+    first = [(next(iter(l.model.parameters())), next(iter(l.dls[0]))[1]) for l in (a, b, c)]
+    for x, y, z in zip(*first): assert torch.equal(x, y) and not torch.equal(x, z)
+
+
 def test_two_runs_in_the_same_second(small, monkeypatch):
     monkeypatch.setattr(nb_14.time, 'strftime', lambda form: '20300101-000000')
     assert [exp_train(epochs=1, name='a').name for _ in range(3)] == ['20300101-000000-a', '20300101-000000-a-2', '20300101-000000-a-3']

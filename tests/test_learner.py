@@ -283,6 +283,14 @@ def test_a_metric_is_the_same_however_the_rows_are_cut(sizes, seed):
         near(metric.compute(), metric.func(pred, target), rtol=1e-5)
 
 
+def test_a_metric_over_many_batches():
+    "More than are added up at once."
+    pred, target = torch.randn(1050, 5), torch.randint(5, (1050,))
+    metric = Metric(F.cross_entropy)
+    for p, t in zip(pred.split(3), target.split(3)): metric.update(p, t)
+    near(metric.compute(), F.cross_entropy(pred, target), rtol=1e-5)
+
+
 def test_training_metrics():
     learn = new_learner([Metrics(train=True)], metrics=accuracy, lr=0.)
     learn.fit(1)
@@ -354,6 +362,14 @@ def test_compiled_equals_eager(opt_func):
     near(compiled.recorder.losses, clipped.recorder.losses, rtol=1e-4)
     for a, b in zip(compiled.model.state_dict().values(), clipped.model.state_dict().values()): near(a, b, rtol=1e-3, atol=1e-5)
     assert not torch.allclose(eager.recorder.losses, clipped.recorder.losses, rtol=1e-3)
+
+
+def test_the_rate_of_a_fit_is_for_that_fit_on_a_device_too():
+    "Device makes new parameter groups when it moves the optimizer's state."
+    learn = new_learner(Device('cpu'), opt_func=torch.optim.Adam)
+    learn.fit(1)
+    learn.fit(1, lr=0.5)
+    assert learn.recorder.lrs == [0.5]*3 and learn.opt.param_groups[0]['lr'] == 0.1
 
 
 def test_compile_refuses_what_it_would_ignore():
