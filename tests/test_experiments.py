@@ -185,6 +185,9 @@ def test_tensorboard(small, monkeypatch):
 
 
 def test_the_log_is_what_was_said(small, capsys):
+    torch.set_num_threads(2)
     folder = exp_train(epochs=2)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
     assert (folder/'log.txt').read_text() == capsys.readouterr().out and json.loads((folder/'config.json').read_text())['settings']['epochs'] == 2
     assert os.listdir('runs') == [folder.name]
