@@ -16,7 +16,7 @@ from .nb_10 import Callback
 class _Block:
     "Parameters of one dtype and device as views of one flat tensor; their gradients, and what is remembered, of others."
     def __init__(self, params, records): # a record: what is remembered of a parameter, name -> Tensor
-        self.params, self.n_steps, self.state = params, int(records[0].get('step', 0)), {}
+        self.params, self.n_steps, self.state, self.counter = params, int(records[0].get('step', 0)), {}, None
         sizes = [p.numel() for p in params]
         strides = [torch.empty_like(p, device='meta').stride() for p in params]  # keeps channels_last
         self.places = list(zip([p.shape for p in params], strides, [0, *accumulate(sizes)]))
@@ -34,6 +34,11 @@ class _Block:
         "A flat tensor that is remembered under `name`, zeros at first."
         if name not in self.state: self.state[name] = torch.zeros_like(self.data)
         return self.state[name]
+
+    def step_tensor(self):
+        "The number of steps, for kernels that want it on the device."
+        if self.counter is None: self.counter = torch.zeros((), device=self.data.device)
+        return self.counter.fill_(self.n_steps)
 
     def gather(self):
         "Bring every gradient into place; False if a parameter is not in its own."
@@ -194,12 +199,22 @@ class RMSProp(FlatOptimizer):
         b.data.addcdiv_(g, torch.sqrt(v, out=b.scratch).add_(eps), value=-lr)
 
 # %% ../nbs/12_optimizers.ipynb #120053
-def _adam_step(b, g, lr, betas, eps):
+def _adam_formula(b, g, lr, betas, eps, weight_decay=0.):
+    "A step along `g`, with the decay apart from it."
     beta1, beta2 = betas
     c1, c2 = 1 - beta1**b.n_steps, math.sqrt(1 - beta2**b.n_steps)
+    if weight_decay: b.data.mul_(1 - lr*weight_decay)
     m = b.buffer('exp_avg').lerp_(g, 1 - beta1)
     v = b.buffer('exp_avg_sq').mul_(beta2).addcmul_(g, g, value=1 - beta2)
     b.data.addcdiv_(m, torch.sqrt(v, out=b.scratch).add_(eps*c2), value=-lr*c2/c1)
+
+# %% ../nbs/12_optimizers.ipynb #120182
+def _adam_step(b, g, lr, betas, eps, weight_decay=0.):
+    "The formula, in one kernel where PyTorch has it."
+    kernel = getattr(torch, '_fused_adamw_', None)
+    if not kernel or b.data.device.type not in ('cpu', 'cuda') or not b.data.is_floating_point(): return _adam_formula(b, g, lr, betas, eps, weight_decay)
+    kernel([b.data], [g], [b.buffer('exp_avg')], [b.buffer('exp_avg_sq')], [], [b.step_tensor()], lr=lr, beta1=betas[0], beta2=betas[1],
+           weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False)
 
 class Adam(FlatOptimizer):
     "Running means of gradients and of their squares, with bias correction (Kingma and Ba, 2015)."
@@ -228,8 +243,7 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay)
 
     def update(self, b, lr, betas, eps, weight_decay):
-        if weight_decay: b.data.mul_(1 - lr*weight_decay)
-        _adam_step(b, b.grad, lr, betas, eps)
+        _adam_step(b, b.grad, lr, betas, eps, weight_decay)
 
 # %% ../nbs/12_optimizers.ipynb #120060
 def newton_schulz(g:Tensor, # matrix (m, n)
@@ -269,8 +283,8 @@ class Muon(FlatOptimizer):
 
     def update(self, b, lr, weight_decay, momentum, nesterov, ns_steps, ns_dtype, ratio, betas, muon):
         if not muon: lr *= ratio
+        if not muon: return _adam_step(b, b.grad, lr, betas, 1e-8, weight_decay)
         if weight_decay: b.data.mul_(1 - lr*weight_decay)
-        if not muon: return _adam_step(b, b.grad, lr, betas, 1e-8)
         m = b.buffer('momentum_buffer').lerp_(b.grad, 1 - momentum)
         for p, g in zip(b.params, b.views(b.grad.lerp(m, momentum) if nesterov else m)):
             step = newton_schulz(g.flatten(1), ns_steps, dtype=ns_dtype)  # (m, n)
