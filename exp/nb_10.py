@@ -289,13 +289,6 @@ class Metrics(Callback):
 
     def after_epoch(self, learn): learn.results = self.read()
 
-    def state_dict(self):
-        return {training: [{k: v for k, v in vars(m).items() if _is_plain(v)} for m in metrics] for training, metrics in self.sets.items()}
-
-    def load_state_dict(self, state):
-        for training, metrics in self.sets.items():
-            for m, values in zip(metrics, state[training]): vars(m).update(values)
-
     def read(self):
         values = {('train_' if training else 'valid_'*isinstance(m, Loss)) + _metric_name(m): torch.as_tensor(m.compute()).float()
                   for training, metrics in self.sets.items() if metrics[0].n for m in metrics}
@@ -303,14 +296,26 @@ class Metrics(Callback):
         device = next((d for d in devices if d.type != 'cpu'), torch.device('cpu'))
         return dict(zip(values, torch.stack([v.to(device) for v in values.values()]).tolist())) if values else {}
 
+def _metric_name(metric): return getattr(metric, 'name', type(metric).__name__)
+
+Learner.default_cbs += (Metrics,)
+
+# %% ../nbs/10_learner.ipynb #100171
 def _is_plain(value):
     "Whether a checkpoint can hold it."
     if isinstance(value, dict): value = [*value, *value.values()]
     return all(map(_is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, (int, float, str, Tensor, type(None)))
 
-def _metric_name(metric): return getattr(metric, 'name', type(metric).__name__)
+@patch
+def state_dict(self:Metrics) -> dict: # for training (True) and validation (False), one dict a metric
+    "Sums and counts so far."
+    return {training: [{k: v for k, v in vars(m).items() if _is_plain(v)} for m in metrics] for training, metrics in self.sets.items()}
 
-Learner.default_cbs += (Metrics,)
+@patch
+def load_state_dict(self:Metrics, state:dict): # from `state_dict`
+    "Go on from these sums."
+    for training, metrics in self.sets.items():
+        for m, values in zip(metrics, state[training]): vars(m).update(values)
 
 # %% ../nbs/10_learner.ipynb #100077
 class Recorder(Callback):

@@ -18,6 +18,14 @@ from .nb_10 import Callback, Learner, Recorder, _length, to_device
 from .nb_11 import get_rng_state, set_rng_state
 
 # %% ../nbs/13_checkpoints.ipynb #130023
+def _sync(folder):
+    "Wait until the names in a folder are on the disk."
+    if os.name == 'nt': return  # folders can't be opened there
+    number = os.open(folder, os.O_RDONLY)
+    try: os.fsync(number)
+    finally: os.close(number)
+
+# %% ../nbs/13_checkpoints.ipynb #130024
 @contextmanager
 def atomic_write(path): # file to write; gives a binary file
     "Write a file that appears under its name when it is complete; until then, and after an error, an older one stays."
@@ -37,14 +45,7 @@ def atomic_write(path): # file to write; gives a binary file
         try: part.unlink(missing_ok=True)
         except OSError: pass  # the folder isn't one, or can't be written to
 
-def _sync(folder):
-    "Wait until the names in a folder are on the disk."
-    if os.name == 'nt': return  # folders can't be opened there
-    number = os.open(folder, os.O_RDONLY)
-    try: os.fsync(number)
-    finally: os.close(number)
-
-# %% ../nbs/13_checkpoints.ipynb #130030
+# %% ../nbs/13_checkpoints.ipynb #130031
 class CheckpointError(ValueError): "Not a checkpoint, a damaged one, or one that doesn't fit; the message says what was found."
 
 def _seal(data):
@@ -58,7 +59,7 @@ def _fault(data):
     if data[-66:-64] != struct.pack('<H', 64): return 'expected a checksum at the end, found none: cut short, or no checkpoint'
     if hashlib.sha256(data[:-66] + b'\0\0').hexdigest().encode() != data[-64:]: return 'damaged: its checksum is not that of its content'
 
-# %% ../nbs/13_checkpoints.ipynb #130031
+# %% ../nbs/13_checkpoints.ipynb #130032
 def read_checkpoint(path, # file made by `save_checkpoint` or `Checkpoint`
                    ) -> dict: # what it holds, tensors on the CPU
     "Read and verify; nothing in the file is run. Raises `CheckpointError`, which names the newest good one beside it."
@@ -78,7 +79,7 @@ FORMAT = 'exp checkpoint, 1'
 
 def _checkpoints(folder): return sorted(Path(folder).glob('epoch*-batch*.pt'))  # oldest first
 
-# %% ../nbs/13_checkpoints.ipynb #130036
+# %% ../nbs/13_checkpoints.ipynb #130037
 def _state_of(learn, dls):
     cbs = learn.running or ([learn.recorder] if hasattr(learn, 'recorder') else [])
     return dict(format=FORMAT, versions=dict(exp=exp.__version__, torch=str(torch.__version__), numpy=np.__version__, python=platform.python_version()),
@@ -96,7 +97,7 @@ def save_checkpoint(learn:Learner, # between two fits
     "Save weights, optimizer, random states, results and record; raises `OSError` if it can't be written."
     _write(_state_of(learn, learn.dls), path)
 
-# %% ../nbs/13_checkpoints.ipynb #130037
+# %% ../nbs/13_checkpoints.ipynb #130038
 def _check_weights(model, weights, path):
     "Raise `CheckpointError` unless the weights are those of such a model."
     own, found = ({k: tuple(v.shape) for k, v in d.items() if hasattr(v, 'shape')} for d in (model.state_dict(), weights))
@@ -120,7 +121,7 @@ def _restore(learn, state, path):
     learn.model.load_state_dict(state['model'])
     learn.results = state['results']
 
-# %% ../nbs/13_checkpoints.ipynb #130038
+# %% ../nbs/13_checkpoints.ipynb #130039
 def load_checkpoint(learn:Learner, # made as the saved one was: model, optimizer, loaders
                     path): # file made by `save_checkpoint` or `Checkpoint`
     "Take over what was saved; raises `CheckpointError` for a file that is damaged or of another model or optimizer."
@@ -132,7 +133,7 @@ def load_checkpoint(learn:Learner, # made as the saved one was: model, optimizer
             learn.recorder = Recorder()
             learn.recorder.load_state_dict(record)
 
-# %% ../nbs/13_checkpoints.ipynb #130044
+# %% ../nbs/13_checkpoints.ipynb #130045
 class _Rest:
     "What a loader gives from batch `start` on, random states being then as they were at that point."
     def __init__(self, dl, start, random, dls): self.dl, self.start, self.random, self.dls = dl, start, random, dls
@@ -144,7 +145,7 @@ class _Rest:
         set_rng_state(self.random, self.dls)
         yield from batches
 
-# %% ../nbs/13_checkpoints.ipynb #130046
+# %% ../nbs/13_checkpoints.ipynb #130047
 class _Signals:
     "Holds Ctrl-C and SIGTERM back until `release`; a second one is let through at once."
     def __init__(self): self.asked, self.old = None, {}
@@ -164,7 +165,7 @@ class _Signals:
         asked, self.asked = self.asked, None
         if asked: signal.raise_signal(asked)
 
-# %% ../nbs/13_checkpoints.ipynb #130048
+# %% ../nbs/13_checkpoints.ipynb #130049
 class Monitor(Callback):
     "Base of callbacks that watch one of the results: `improved` says whether it has never been as good."
     sweep, saved = False, ('best',)
@@ -183,7 +184,7 @@ class Monitor(Callback):
         self.best = value
         return True
 
-# %% ../nbs/13_checkpoints.ipynb #130049
+# %% ../nbs/13_checkpoints.ipynb #130050
 class Checkpoint(Monitor):
     "Saves a fit to `folder` after each epoch, and on Ctrl-C or SIGTERM; goes on with one that was interrupted, bit for bit."
     order, saved = 100, ('best', 'best_name')
@@ -227,7 +228,7 @@ class Checkpoint(Monitor):
 
 def _file_name(epoch, done): return f'epoch{epoch:04}-batch{done:06}.pt'
 
-# %% ../nbs/13_checkpoints.ipynb #130050
+# %% ../nbs/13_checkpoints.ipynb #130051
 @patch
 def _save(self:Checkpoint, learn, epoch, done):
     self.last = done
@@ -246,7 +247,7 @@ def last_checkpoint(folder, # of a `Checkpoint`
         warnings.warn(f'{path}: {fault}; trying an older one')
     if paths: raise CheckpointError(f'{folder}: expected a good checkpoint, found {len(paths)}, all of them damaged')
 
-# %% ../nbs/13_checkpoints.ipynb #130051
+# %% ../nbs/13_checkpoints.ipynb #130052
 @patch
 def _go_on(self:Checkpoint, learn, state, path):
     where = state.get('fit')
@@ -275,7 +276,7 @@ def _load_states(learn, state):
             cb.load_state_dict(to_device(found[1], device))
     if left: warnings.warn(f'the checkpoint has the state of {[name for name, _ in left]}, which this fit is without')
 
-# %% ../nbs/13_checkpoints.ipynb #130067
+# %% ../nbs/13_checkpoints.ipynb #130068
 def save_weights(model, # nn.Module
                  path): # file to write, `.safetensors`; an old one stays until the new one is complete
     "Write weights and buffers in the safetensors format."
@@ -293,7 +294,7 @@ def load_weights(model, # nn.Module with the same names and shapes
     _check_weights(model, weights, path)
     model.load_state_dict(weights)
 
-# %% ../nbs/13_checkpoints.ipynb #130072
+# %% ../nbs/13_checkpoints.ipynb #130073
 class SaveBest(Monitor):
     "Saves the weights of the best epoch, and puts them into the model after the fit."
     order = 20

@@ -40,6 +40,13 @@ class Draws(Callback):
 for event in EVENTS:
     if not event.startswith('cleanup'): setattr(Draws, event, lambda self, learn: torch.rand(1))
 
+class Half:
+    "A metric as torchmetrics has them, with a list in it."
+    def reset(self): self.seen = []
+    def to(self, device): return self
+    def update(self, pred, target): self.seen.append((pred.argmax(-1) == target).float().mean())
+    def compute(self): return sum(self.seen)/2
+
 class LessDecay(Callback):
     "Halves an option of the optimizer after each epoch."
     def after_epoch(self, learn):
@@ -48,7 +55,7 @@ class LessDecay(Callback):
 def new_learner(seed, loader=our_loader, opt_func=AdamW, cbs=(), **kwargs):
     set_seed(seed)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), nn.Linear(8, 3))
-    return Learner(model, (loader(), DataLoader(data(10), 5)), opt_func=opt_func, lr=0.01, metrics=accuracy, progress=False, **kwargs)
+    return Learner(model, (loader(), DataLoader(data(10), 5)), opt_func=opt_func, lr=0.01, metrics=[accuracy, Half()], progress=False, **kwargs)
 
 def same(a, b):
     "Whether two nests are the same to the last bit."
@@ -469,7 +476,7 @@ def test_the_best_weights_come_back(tmp_path):
 
 
 def test_a_result_that_is_not_there():
-    with pytest.raises(ValueError, match=r"expected monitor in \['train_loss', 'valid_loss', 'accuracy'\], got 'acuracy'"):
+    with pytest.raises(ValueError, match=r"expected monitor in \['train_loss', 'valid_loss', 'accuracy', 'Half'\], got 'acuracy'"):
         new_learner(42).fit(1, cbs=EarlyStopping('acuracy'))
     with pytest.raises(ValueError, match='patience of at least 1, got 0'): EarlyStopping(patience=0)
 
