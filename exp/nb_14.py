@@ -147,11 +147,16 @@ def _figure(rows, columns, **kwargs):
 def _save_figure(fig, path):
     with atomic_write(path) as file: fig.savefig(file, format='png', dpi=100)
 
+def _plot_epochs(ax, rows, key, **kwargs):
+    ax.plot([row['epoch'] + 1 for row in rows], [row[key] for row in rows], 'o-', **kwargs)
+    ax.set_xlabel('epoch')
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
 def _draw_curves(recorder, path):
     fig, (loss, acc, lr) = _figure(1, 3, figsize=(11, 3))
     recorder.plot_loss(loss).set_title('Loss')
-    acc.plot([row['epoch'] + 1 for row in recorder.epochs], [row['accuracy'] for row in recorder.epochs], 'o-', color='tab:orange')
-    acc.set(xlabel='epoch', ylabel='validation accuracy', title='Accuracy')
+    _plot_epochs(acc, recorder.epochs, 'accuracy', color='tab:orange')
+    acc.set(ylabel='validation accuracy', title='Accuracy')
     recorder.plot_lr(lr).set_title('Learning rate')
     _save_figure(fig, path)
 
@@ -225,7 +230,7 @@ def load_run(run, # folder of a run, or its name in `out`
     load_weights(learn.model, folder/'model.safetensors')
     return learn
 
-# %% ../nbs/14_experiments.ipynb #140040
+# %% ../nbs/14_experiments.ipynb #140039
 def read_metrics(folder # of a run
                 ) -> list: # one dict an epoch, name -> number
     "What `metrics.csv` holds; nothing for a run that has not ended an epoch."
@@ -247,8 +252,7 @@ def _summary(folder):
 
 def _print_table(rows):
     "Rows, dicts of the same keys, under a heading; nothing for None."
-    cells = [[*rows[0]]] + [['' if v is None else f'{v:.4f}' if k in ('valid', 'test') else f'{v:.3g}' if isinstance(v, float) else str(v)
-                             for k, v in row.items()] for row in rows]
+    cells = [[*rows[0]]] + [['' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells: print('  '.join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip())
 
@@ -266,10 +270,9 @@ def plot_runs(*runs, # folders of runs, or their names in `out`; at least one
     "Draw validation loss and accuracy of several runs by epoch; return the figure."
     if not runs: raise ValueError('expected at least one run, got none')
     fig, axs = _figure(1, 2, figsize=(10, 3.2))
-    for folder in [_find_run(run, out) for run in runs]:
-        for ax, key in zip(axs, ('valid_loss', 'accuracy')):
-            ax.plot([row['epoch'] + 1 for row in read_metrics(folder)], [row[key] for row in read_metrics(folder)], 'o-', ms=3, label=folder.name)
-            ax.set(xlabel='epoch', ylabel={'valid_loss': 'validation loss', 'accuracy': 'validation accuracy'}[key])
+    for ax, key, label in zip(axs, ('valid_loss', 'accuracy'), ('validation loss', 'validation accuracy')):
+        for folder in [_find_run(run, out) for run in runs]: _plot_epochs(ax, read_metrics(folder), key, ms=3, label=folder.name)
+        ax.set(ylabel=label, title=f'{label.capitalize()}, run by run')
     axs[1].legend(fontsize=7)
     return fig
 
@@ -296,10 +299,11 @@ def exp_runs(*runs, # none: a table of all; two: what is different
              plot:str=None, # file for a picture of the runs, or of all
              out:str='runs'): # where the folders of runs are
     "List runs, compare two, or draw several."
-    rows = compare_runs(*runs, out=out) if len(runs) == 2 and not plot else [row for row in list_runs(out) if not runs or row['run'] in {_find_run(r, out).name for r in runs}]
+    if len(runs) == 2 and not plot: rows = compare_runs(*runs, out=out)
+    else: rows = [_summary(_find_run(run, out)) for run in runs] if runs else list_runs(out)
     if not rows: return print(f'no runs in {out}' if not runs else 'no difference')
     _print_table(rows)
-    if plot: _save_figure(plot_runs(*(runs or [row['run'] for row in rows]), out=out), plot)
+    if plot: _save_figure(plot_runs(*(runs or _run_folders(out)), out=out), plot)
 
 def _exp_runs_command(argv=None):
     "`exp_runs` for the shell; `argv` instead of the command line's options, for tests."

@@ -151,6 +151,9 @@ def test_a_table_a_comparison_and_a_picture(small, capsys):
     nb_14._exp_runs_command([a.name, str(b), '--plot', 'runs.png'])
     assert Path('runs.png').read_bytes().startswith(b'\x89PNG')
     with pytest.raises(SystemExit, match="exp_runs: expected a run, got 'c'; there are"): nb_14._exp_runs_command(['c'])
+    capsys.readouterr()
+    exp_runs(a, out='elsewhere')  # by its path, a run is found wherever it is
+    assert capsys.readouterr().out.splitlines()[1].startswith(a.name)
     with pytest.raises(ValueError, match='at least one run'): plot_runs()
 
 
