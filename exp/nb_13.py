@@ -53,6 +53,11 @@ def _seal(data):
     data, digest = data[:-2] + struct.pack('<H', 64), hashlib.sha256(data).hexdigest()
     return data + digest.encode()
 
+def _write(state, path):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with atomic_write(path) as file: file.write(_seal(buffer.getvalue()))
+
 def _fault(data):
     "What is wrong with the bytes of a checkpoint; None if nothing is."
     if not data.startswith(b'PK'): return f'expected a checkpoint, found a file that begins with {data[:4]!r}'
@@ -86,11 +91,6 @@ def _state_of(learn, dls):
                 model=learn.model.state_dict(), opt=learn.opt and dict(name=type(learn.opt).__name__, state=learn.opt.state_dict()),
                 random=get_rng_state(dls), results=learn.results,
                 cbs=[(type(cb).__name__, state) for cb in cbs if (state := cb.state_dict())])
-
-def _write(state, path):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    with atomic_write(path) as file: file.write(_seal(buffer.getvalue()))
 
 def save_checkpoint(learn:Learner, # between two fits
                     path): # file to write; an old one stays until the new one is complete
