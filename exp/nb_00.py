@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['test_near', 'set_seed', 'default_device', 'describe', 'show_image', 'show_images', 'time_call', 'format_time',
-           'plot_times']
+           'plot_times', 'say', 'is_terminal']
 
 # %% ../nbs/00_tools.ipynb #000004
-import math, random
+import math, os, random, sys
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ def test_near(a, # tensor, array, number or nested list of numbers
     "Raise `AssertionError` unless `a` and `b` agree in shape and |a - b| <= atol + rtol |b|; nan is near nothing."
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol, check_dtype=False, check_device=False)
+
+test_near.__test__ = False  # its name begins as a test's does, and pytest would run it as one
 
 # %% ../nbs/00_tools.ipynb #000040
 def set_seed(seed:int, # 0 <= seed < 2**32 (numpy's limit)
@@ -116,3 +118,29 @@ def plot_times(times:dict, # label -> seconds
     ax.invert_yaxis()
     ax.spines[['top', 'right']].set_visible(False)
     return ax
+
+# %% ../nbs/00_tools.ipynb #000074
+def _discard(stream):
+    "Send what `stream` still holds, and all that follows, to nowhere."
+    number, nowhere = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+
+def say(*parts, # what to print
+        sep:str=' '): # written between the parts
+    "Print a line at once; a screen that is missing, closed, full, or short of letters raises nothing."
+    line, screen = sep.join(map(str, parts)), sys.stdout
+    try:
+        try: print(line, file=screen, flush=True)
+        except UnicodeEncodeError:
+            encoding = getattr(screen, 'encoding', None) or 'ascii'
+            print(line.encode(encoding, 'replace').decode(encoding), file=screen, flush=True)
+        except BrokenPipeError: _discard(screen)
+    except Exception: pass  # of whatever kind: the screen may be any object
+
+# %% ../nbs/00_tools.ipynb #000078
+def is_terminal(stream, # such as `sys.stderr`; may be None, closed, or any object
+               ) -> bool: # False if there is nobody to ask
+    "Whether `stream` is a terminal, on which a progress bar can be drawn."
+    try: return bool(stream.isatty())
+    except Exception: return False
