@@ -112,7 +112,7 @@ class Learner:
         self._made, self._told = None, []
 
     @property
-    def xb(self): return _fields(self.batch)[:-1]
+    def xb(self): return _fields(self.batch, 2)[:-1]
     @property
     def yb(self): return _fields(self.batch)[-1]
     @property
@@ -165,10 +165,10 @@ def _short(value):
     text = ' '.join(repr(value).split())
     return text if len(text) <= 60 else f'{text[:57]}...'
 
-def _fields(batch):
+def _fields(batch, least=1):
     if not isinstance(batch, (tuple, list)):
         raise TypeError(f'expected a batch (x, ..., y), got {type(batch).__name__}: override xb and yb for others')
-    if len(batch) < 2: raise ValueError(f'expected a batch (x, ..., y), got {len(batch)} field: inputs without targets?')
+    if len(batch) < least: raise ValueError(f'expected a batch (x, ..., y), got {len(batch)} field: inputs without targets?')
     return batch
 
 def _length(dl):
