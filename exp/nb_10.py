@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EVENTS', 'STEPS', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'Callback', 'Learner', 'as_list', 'whole_number',
            'Metric', 'Accuracy', 'Loss', 'n_rows', 'Metrics', 'Recorder', 'get_momentum', 'StopOnNaN', 'Progress',
-           'to_device', 'Device', 'load_opt_state', 'GradientClip', 'GradientAccumulation', 'OverfitOneBatch',
-           'MixedPrecision', 'Compile', 'confusion_matrix']
+           'map_nest', 'to_device', 'Device', 'load_opt_state', 'GradientClip', 'GradientAccumulation',
+           'OverfitOneBatch', 'MixedPrecision', 'Compile', 'confusion_matrix']
 
 # %% ../nbs/10_learner.ipynb #100004
 import copy, csv, dataclasses, html, inspect, itertools, math, os, re, sys, time, traceback, warnings
@@ -38,8 +38,8 @@ class CancelFit(Exception): "Raise it in a callback to end the fit after its cle
 STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
 
 _WORDS = (  # what the names of other libraries speak of, and the event here
-    ('exception|interrupt', 'cleanup_fit'), ('valid|val_|test|eval|loader|before_train$|after_train$', '{}_fit or around_pass'),
-    ('optimizer|backward|grad', 'after_backward'), ('loss', 'after_loss'), ('pred|forward', 'after_predict'),
+    ('exception|interrupt|cancel', 'cleanup_fit'), ('before_step|optimizer|backward|grad', 'after_backward'), ('valid|val_|test|eval|loader|before_train$|after_train$', '{}_fit or around_pass'),
+    ('loss', 'after_loss'), ('pred|forward', 'after_predict'),
     ('epoch', '{}_epoch'), ('batch|iter|step', '{}_batch'), ('', '{}_fit'))
 
 def _event_here(name):
@@ -838,8 +838,8 @@ class _Bar(_Lines):
         self.bar.update(learn.iter + 1 - self.bar.n)
 
     def close(self):
-        bar, self.bar = self.bar, None
-        if bar is not None: bar.close()
+        if self.bar is not None: self.bar.close()
+        self.bar = None
 
     def row(self, row):
         self.close()
@@ -907,8 +907,9 @@ class Progress(Callback):
         "A screen that has gone, or can't show a letter, doesn't end the fit; lines take its place."
         try: draw(*what)
         except (OSError, ValueError, AttributeError):
-            rows, self.screen, self.next = self.screen.rows, _Lines(), math.inf
-            self.screen.rows = rows
+            gone, self.screen, self.next = self.screen, _Lines(), math.inf
+            self.screen.rows = gone.rows
+            if getattr(gone, 'bar', None) is not None: gone.bar.disable = True  # or tqdm tries again
 
 Learner.default_cbs += (Progress,)
 
@@ -990,17 +991,17 @@ def _parts(model):
     return _parts(parts[0]) if len(parts) == 1 and [*parts[0].children()] else parts or [model]
 
 # %% ../nbs/10_learner.ipynb #100210
-def _nest(func, value):
-    "`func` of every Tensor in a nest of mappings, tuples, lists and dataclasses, which keep their types."
-    if isinstance(value, Tensor): return func(value)
-    if isinstance(value, Mapping): return _like(value, {k: _nest(func, v) for k, v in value.items()})
-    if isinstance(value, tuple) and hasattr(value, '_fields'): return type(value)(*[_nest(func, v) for v in value])
-    if isinstance(value, (tuple, list)): return type(value)(_nest(func, v) for v in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = copy.copy(value)
-        for f in dataclasses.fields(value): object.__setattr__(new, f.name, _nest(func, getattr(value, f.name)))
-        return new
-    return value
+def map_nest(func, # leaf -> its new value
+             value): # a nest of mappings, tuples, lists and dataclasses; anything else, and what has `to`, is a leaf
+    "The same nest, of the same types, with `func` of every leaf."
+    if hasattr(value, 'to') or isinstance(value, type): return func(value)
+    if isinstance(value, Mapping): return _like(value, {k: map_nest(func, v) for k, v in value.items()})
+    if isinstance(value, tuple) and hasattr(value, '_fields'): return type(value)(*[map_nest(func, v) for v in value])
+    if isinstance(value, (tuple, list)): return type(value)(map_nest(func, v) for v in value)
+    if not dataclasses.is_dataclass(value): return func(value)
+    new = copy.copy(value)
+    for f in dataclasses.fields(value): object.__setattr__(new, f.name, map_nest(func, getattr(value, f.name)))
+    return new
 
 def _like(mapping, items):
     "A mapping of the same type with other values."
@@ -1012,7 +1013,9 @@ def _like(mapping, items):
 
 def _float32(value):
     "Half precision as float32, leaf by leaf."
-    return _nest(lambda t: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t, value)
+    def widen(leaf): return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in half else leaf
+    half = torch.float16, torch.bfloat16
+    return map_nest(widen, value)
 
 def _joined(parts, name):
     "The values of all batches as one, leaf by leaf."
@@ -1050,15 +1053,13 @@ def _as_input(value):
     return value.to(torch.get_default_dtype()) if value.is_floating_point() else value
 
 # %% ../nbs/10_learner.ipynb #100108
-def to_device(batch, # a Tensor, or a nest of mappings, lists, tuples and objects with `to`; anything else stays as it is
+def to_device(batch, # a Tensor, or a nest of mappings, lists, tuples, dataclasses and objects with `to`
               device): # where to
-    "The same nest with its tensors on `device`."
-    if isinstance(batch, Tensor): return batch.to(device, non_blocking=True)
-    if hasattr(batch, 'to') and not isinstance(batch, (type, nn.Module)): return batch.to(device)
-    if isinstance(batch, Mapping): return _like(batch, {k: to_device(v, device) for k, v in batch.items()})
-    if isinstance(batch, tuple) and hasattr(batch, '_fields'): return type(batch)(*[to_device(v, device) for v in batch])
-    if isinstance(batch, (tuple, list)): return type(batch)(to_device(v, device) for v in batch)
-    return batch
+    "The same nest with its tensors on `device`; whatever can't be moved stays as it is."
+    def move(value):
+        if isinstance(value, Tensor): return value.to(device, non_blocking=True)
+        return value.to(device) if hasattr(value, 'to') else value
+    return map_nest(move, batch)
 
 class Device(Callback):
     "Trains and evaluates on `device`: moves the model there, and every batch."
@@ -1103,7 +1104,7 @@ class GradientClip(Callback):
 # %% ../nbs/10_learner.ipynb #100118
 class GradientAccumulation(Callback):
     "Makes one step of `n` batches, as if they were one; needs a loss that is a mean, over rows or what it says."
-    order = -10
+    order, batches, weight, open = -10, 0, 0, False
     def __init__(self, n:int): # batches a step, at least 1
         self.n = whole_number(n, 'n, the batches a step,')
 
@@ -1112,16 +1113,18 @@ class GradientAccumulation(Callback):
         self.forget()
         self.backward, learn.backward = learn.backward, partial(self.weighted_backward, learn)
 
-    def forget(self): self.batches, self.weight = 0, 0
+    def forget(self): self.batches, self.weight, self.open = 0, 0, False
 
     def weighted_backward(self, learn):
-        if not self.batches: learn.zero_grad()  # of a batch that another callback has skipped after its backward
+        if not self.batches: learn.zero_grad()  # what a batch left that was thrown away after its backward
         loss, weight = learn.loss, learn.loss_weight()
-        learn.loss, self.batches, self.weight = loss*weight, self.batches + 1, self.weight + weight
+        learn.loss, self.open = loss*weight, True
+        self.batches, self.weight = self.batches + 1, self.weight + weight
         self.backward()
         learn.loss = loss
 
     def after_backward(self, learn):
+        self.open = False
         if self.batches < self.n and learn.iter + 1 != learn.n_iter: raise CancelBatch
         self.divide(learn)
 
@@ -1129,6 +1132,9 @@ class GradientAccumulation(Callback):
         grads = [p.grad for m in learn.modules for p in m.parameters() if p.grad is not None]
         torch._foreach_div_(grads, self.weight)
         self.forget()
+
+    def cleanup_batch(self, learn):  # another callback has thrown the batch away: its gradient goes, and those it is among
+        if self.open: self.forget()
 
     @contextmanager
     def around_pass(self, learn):
@@ -1283,6 +1289,10 @@ def show_results(self:Learner,
         x = _leaves(tuple(self.xb))[0]
     return show_images([_image(im) for im in x[:n]], list(titles), ncols=5)
 
+def _row(nest, i):
+    "A batch of one row."
+    return map_nest(lambda t: t[i:i + 1] if isinstance(t, Tensor) else t, nest)
+
 @patch
 def top_losses(self:Learner,
                n:int=10, # rows
@@ -1292,7 +1302,7 @@ def top_losses(self:Learner,
     pred, target = self.get_preds(dl)
     rows = range(n_rows(target, [pred]))
     with torch.no_grad():
-        losses = torch.stack([self.loss_func(*(_nest(lambda t: t[i:i + 1], v) for v in (pred, target))) for i in rows])
+        losses = torch.stack([self.loss_func(_row(pred, i), _row(target, i)) for i in rows])
     return losses.topk(min(whole_number(n, 'n'), len(losses)))
 
 # %% ../nbs/10_learner.ipynb #100139
