@@ -52,18 +52,23 @@ class Optimizer:
         for p in self.params: p.grad = None
 
 # %% ../nbs/04_training.ipynb #040167
+def _from_list(numbers):
+    if any(hasattr(o, 'shape') for o in numbers): return torch.stack([torch.as_tensor(o) for o in numbers])
+    return torch.tensor(numbers)
+
 def _as_tensor(data):
-    "Numbers as a tensor, which shares the memory of a tensor or an array; raises `ValueError` for anything else."
+    "Numbers as a tensor, which shares the memory of an array; raises `ValueError` for anything else."
     if isinstance(data, Tensor): return data
     if isinstance(data, (list, tuple)):
-        try: return torch.tensor(data) if not any(hasattr(o, 'shape') for o in data) else torch.stack([*map(torch.as_tensor, data)])
-        except (ValueError, TypeError, RuntimeError) as e: raise ValueError(f'expected a list of numbers, all of one shape: {e}') from None
+        try: return _from_list(data)
+        except (ValueError, TypeError, RuntimeError) as e:
+            raise ValueError(f'expected a list of numbers, all of one shape: {e}') from None
     data = np.asanyarray(data)  # a memmap stays one
     if data.dtype.kind not in 'biufc': raise ValueError(f'expected numbers, got an array of {data.dtype}')
     data = data.astype(data.dtype.newbyteorder('='), copy=False)
-    on_disk = isinstance(data, np.memmap)
-    if not (data.flags.writeable or on_disk) or any(s < 0 for s in data.strides): data = data.copy()
-    with warnings.catch_warnings(action='ignore'): return torch.from_numpy(data)  # of a read-only memmap, it would warn
+    ours_to_read = data.flags.writeable or isinstance(data, np.memmap)
+    if not ours_to_read or any(s < 0 for s in data.strides): data = data.copy()
+    with warnings.catch_warnings(action='ignore'): return torch.from_numpy(data)  # of read-only memory
 
 # %% ../nbs/04_training.ipynb #040055
 class Dataset:
@@ -72,11 +77,13 @@ class Dataset:
 
     def __init__(self,
                  x, # inputs (n, ...): tensor, array or list of numbers
-                 *more): # further inputs and, last, the targets, each (n, ...); raises `ValueError` if the lengths differ
+                 *more): # more inputs and, last, the targets; raises `ValueError` for unequal lengths
         tensors = [_as_tensor(o) for o in (x, *more)]
         shapes = [tuple(t.shape) for t in tensors]
         if () in shapes: raise ValueError(f'expected tensors with a first dimension, got shapes {shapes}')
-        if len({s[0] for s in shapes}) > 1: raise ValueError(f'expected equal lengths, got {" and ".join(str(s[0]) for s in shapes)}')
+        lengths = [s[0] for s in shapes]
+        if len(set(lengths)) > 1:
+            raise ValueError(f'expected equal lengths, got {" and ".join(map(str, lengths))}')
         self.x, self.y, self.between, self.alone = tensors[0], tensors[-1], tuple(tensors[1:-1]), not more
         self.read_only = not all(getattr(getattr(o, 'flags', None), 'writeable', True) for o in (x, *more))
 
@@ -87,7 +94,7 @@ class Dataset:
     def __len__(self): return len(self.x)
 
     def __getitem__(self,
-                    i): # int, slice, mask, or indices: list, range, array, Tensor; negative ones count from the end
+                    i): # int, slice, mask, or indices: list, range, array, Tensor; negative from the end
         "The tuple of all tensors at `i`. An int or a slice gives views, a batch of indices or a mask copies."
         if isinstance(i, range) and i.step == 1 and 0 <= i.start <= i.stop <= len(self):
             return tuple([t[i.start:i.stop].clone() for t in self.tensors])
@@ -99,28 +106,31 @@ class Dataset:
 def _as_index(i):
     "A range, list or array of indices, or a mask, as a tensor; raises `IndexError` for anything else."
     i = np.asarray(i)
-    if i.dtype.kind not in 'biu' and i.size: raise IndexError(f'expected integers or a mask, got an index of {i.dtype}')
+    if i.dtype.kind not in 'biu' and i.size:
+        raise IndexError(f'expected integers or a mask, got an index of {i.dtype}')
     return torch.from_numpy(i.astype(bool if i.dtype.kind == 'b' else np.int64))
 
 def _rows(t, i):
     "The rows of `t` at the index tensor `i`, copied."
-    plain = i.ndim == 1 and i.dtype in (torch.int64, torch.int32)
-    if plain and t.is_cpu and i.is_cpu:
+    plain = i.ndim == 1 and i.dtype in (torch.int64, torch.int32) and i.is_cpu
+    if plain and t.is_cpu:
         try: return t.index_select(0, i)
         except (IndexError, NotImplementedError): return t[i]
-    if plain and i.is_cpu and len(i):
+    if plain and len(i):
         low, high = (int(o) for o in i.aminmax())
-        if not -len(t) <= low <= high < len(t): raise IndexError(f'expected indices in {-len(t)} to {len(t) - 1}, got {low} to {high}')
+        if not -len(t) <= low <= high < len(t):
+            raise IndexError(f'expected indices in {-len(t)} to {len(t) - 1}, got {low} to {high}')
         if low >= 0: return t.index_select(0, i.to(t.device))
     return t[i.to(t.device)]
 
 # %% ../nbs/04_training.ipynb #040065
 def _whole_number(value, least, what):
-    "`value` as an int; raises `ValueError` unless it is a whole number of at least `least`, and not True or False."
+    "`value` as an int; raises `ValueError` unless it is a whole number, at least `least`, and no bool."
     flag = isinstance(value, bool) or getattr(value, 'dtype', None) is torch.bool
     try: number = operator.index(value)
     except TypeError: number = None
-    if flag or number is None or number < least: raise ValueError(f'expected {what} of at least {least}, a whole number, got {value!r}')
+    if flag or number is None or number < least:
+        raise ValueError(f'expected {what} of at least {least}, a whole number, got {value!r}')
     return number
 
 class Sampler:
@@ -143,26 +153,31 @@ class Sampler:
         for i in range(0, len(self)*self.bs, self.bs): yield order[i:i + self.bs]
 
 # %% ../nbs/04_training.ipynb #040070
-def collate(items:list, # what a dataset returned for each index, at least one
-           ) -> tuple: # one tensor a field, with a new first dimension; a dict or a namedtuple if the items are
-    "Stack items into a batch, field by field, as `default_collate` does; raises `ValueError` if their fields differ."
-    if not items: raise ValueError('expected at least one item, got none')
-    fields = [[*o] if isinstance(o, Mapping) else len(o) if isinstance(o, (tuple, list)) else None for o in items]
-    for i, found in enumerate(fields):
-        same = set(found) == set(fields[0]) if isinstance(found, list) and isinstance(fields[0], list) else found == fields[0]
-        if not same: raise ValueError(f'expected items with the same fields, got {fields[0]} in item 0 and {found} in item {i}')
-    if not isinstance(items[0], (tuple, list)): return default_collate(items)
-    batch = [_collate_field(field) for field in zip(*items)]
-    return type(items[0])(*batch) if hasattr(items[0], '_fields') else tuple(batch)
+def _fields(item):
+    "What an item consists of: so many fields, or these keys, or itself."
+    if isinstance(item, (tuple, list)): return len(item)
+    return set(item) if isinstance(item, Mapping) else None
 
 def _collate_field(field):
     if isinstance(field[0], Mapping): return collate(field)
     if isinstance(field[0], (Tensor, float, int)): field = [torch.as_tensor(o) for o in field]
     return default_collate(field)
 
+def collate(items:list, # what a dataset returned for each index, at least one
+           ) -> tuple: # one tensor a field, with a new first dimension; a dict if the items are dicts
+    "Stack items into a batch, as torch's `default_collate`; raises `ValueError` if their fields differ."
+    if not items: raise ValueError('expected at least one item, got none')
+    first, *others = [_fields(item) for item in items]
+    for i, other in enumerate(others, 1):
+        if other != first:
+            raise ValueError(f'expected items of equal fields, got {first} in item 0 and {other} in item {i}')
+    if not isinstance(items[0], (tuple, list)): return default_collate(items)
+    batch = [_collate_field(field) for field in zip(*items)]
+    return type(items[0])(*batch) if hasattr(items[0], '_fields') else tuple(batch)
+
 # %% ../nbs/04_training.ipynb #040075
 class DataLoader:
-    "Batches of a dataset: a `Dataset` is indexed once per batch; others, and all with workers or options, go to torch's DataLoader."
+    "Batches of a dataset: a `Dataset` is indexed a batch at a time, all else is left to torch's loader."
     def __init__(self,
                  ds, # `Dataset`, or anything with a length and an int index, or an IterableDataset
                  bs:int=64, # batch size, at least 1; raises `ValueError` otherwise
@@ -171,21 +186,27 @@ class DataLoader:
                  seed:int=None, # of the sampler's own generator; None: drawn from torch's
                  num_workers:int=0, # worker processes; they don't pay for data in memory
                  collate_fn=collate, # list of items -> batch; None: `collate`
-                 **options): # sampler, batch_sampler, generator, pin_memory, persistent_workers, ...: as in torch's
+                 **options): # torch's: sampler, batch_sampler, generator, pin_memory, persistent_workers, ...
         self.ds, self.drop_last, self.options, self._kept = ds, drop_last, _given_options(options), None
-        self.bs, self.num_workers = _whole_number(bs, 1, 'a batch size'), _whole_number(num_workers, 0, 'a number of workers')
-        self.collate_fn, self.generator = collate if collate_fn is None else collate_fn, options.get('generator')
+        self.bs = _whole_number(bs, 1, 'a batch size')
+        self.num_workers = _whole_number(num_workers, 0, 'a number of workers')
+        self.collate_fn = collate if collate_fn is None else collate_fn
+        self.generator = options.get('generator')
         self.sampler, self.batches = _order(ds, self.bs, shuffle, drop_last, seed, self.options)
         if not self._plain(): self._torch_loader()  # which refuses at once what does not go together
 
-    dataset, batch_size = property(lambda self: self.ds), property(lambda self: self.bs)  # their names in torch
+    @property
+    def dataset(self): return self.ds # its name in torch
+
+    @property
+    def batch_size(self): return self.bs # its name in torch
+
+    def _plain(self): return self._at_once() and not self.num_workers and not self.options
 
     def _at_once(self):
         "Whether the dataset can be indexed by a whole batch."
-        own = getattr(type(self.ds), '__getitem__', None) is not Dataset.__getitem__ or hasattr(self.ds, '__getitems__')
-        return not own and self.collate_fn is collate
-
-    def _plain(self): return self._at_once() and not self.num_workers and not self.options
+        plain = getattr(type(self.ds), '__getitem__', None) is Dataset.__getitem__
+        return plain and self.collate_fn is collate and not hasattr(self.ds, '__getitems__')
 
     def __len__(self): return len(self._torch_loader() if self.batches is None else self.batches)
 
@@ -195,33 +216,38 @@ class DataLoader:
 
 # %% ../nbs/04_training.ipynb #040175
 def _order(ds, bs, shuffle, drop_last, seed, options):
-    "The sampler of a loader, and the batches of indices that it leads to; None and None where the dataset decides."
-    given = [name for name in ('sampler', 'batch_sampler') if name in options] + ['shuffle']*bool(shuffle)
+    "The sampler of a loader, and the batches of indices from it; None and None where the dataset decides."
+    given = [name for name in ('sampler', 'batch_sampler') if name in options]
+    if shuffle: given.append('shuffle=True')
     if isinstance(ds, IterableDataset):
-        if given: raise ValueError(f'an IterableDataset has an order of its own: expected no sampler and shuffle=False, got {given}')
+        if given: raise ValueError(f'an IterableDataset has an order of its own: expected no {given[0]}')
         return None, None
-    if len(given) > 1: raise ValueError(f'expected one of sampler, batch_sampler and shuffle=True, got {given}')
+    if len(given) > 1: raise ValueError(f'expected one of sampler, batch_sampler, shuffle=True, got {given}')
     sampler, batch_sampler = options.get('sampler'), options.get('batch_sampler')
-    if shuffle and 'generator' in options: sampler = RandomSampler(ds, generator=options['generator'])  # as torch does
+    if shuffle and 'generator' in options: sampler = RandomSampler(ds, generator=options['generator'])
     if seed is not None and (sampler is not None or batch_sampler is not None):
         raise ValueError(f'expected no seed beside a sampler or generator, got {seed}')
     if batch_sampler is not None:
-        if drop_last or bs != 64: raise ValueError(f'expected no bs and drop_last beside a batch_sampler, got {bs} and {drop_last}')
+        if drop_last or bs != 64:
+            raise ValueError(f'expected no bs, drop_last beside a batch_sampler, got {bs}, {drop_last}')
         return getattr(batch_sampler, 'sampler', batch_sampler), batch_sampler
     if sampler is not None: return sampler, BatchSampler(sampler, bs, drop_last)
-    if not hasattr(ds, '__len__'): raise ValueError(f'expected a dataset with a length, or an IterableDataset, got {type(ds).__name__}')
+    if not hasattr(ds, '__len__'):
+        raise ValueError(f'expected a dataset with a length, or an IterableDataset, got {type(ds).__name__}')
     sampler = Sampler(len(ds), bs, shuffle, drop_last, seed)
     return sampler, sampler
 
 # %% ../nbs/04_training.ipynb #040177
 _TORCHS = inspect.signature(torch.utils.data.DataLoader).parameters
-_OURS = {'dataset': 'ds', 'batch_size': 'bs', **{k: k for k in ('shuffle', 'num_workers', 'collate_fn', 'drop_last')}}
+_OURS = {'dataset': 'ds', 'batch_size': 'bs'} | {name: name for name in (  # torch's name -> ours
+    'shuffle', 'drop_last', 'num_workers', 'collate_fn')}
 
 def _given_options(options):
-    "Those of torch's options that are more than its defaults; raises `TypeError` for names that it doesn't know."
+    "The options that are more than torch's defaults; raises `TypeError` for names that torch doesn't know."
     for name in options:
         if name in _OURS: raise TypeError(f'expected {_OURS[name]}, which is the name of {name} here')
-        if name not in _TORCHS: raise TypeError(f"expected options of torch's DataLoader, {[o for o in _TORCHS if o not in _OURS]}, got {name!r}")
+        if name not in _TORCHS:
+            raise TypeError(f"expected an option in {sorted(_TORCHS.keys() - _OURS)}, got {name!r}")
     return {name: value for name, value in options.items() if value is not _TORCHS[name].default}
 
 class _IndexLists:
@@ -238,14 +264,16 @@ def _torch_loader(self:DataLoader):
     "A loader of torch's that gives our batches."
     options = {k: v for k, v in self.options.items() if k not in ('sampler', 'batch_sampler')}
     batches = _IndexLists(self.batches) if isinstance(self.batches, Sampler) else self.batches
-    if batches is None: options |= dict(batch_size=self.bs, drop_last=self.drop_last, collate_fn=self.collate_fn)
-    elif self._at_once(): options |= dict(batch_size=None, sampler=batches, collate_fn=_same)
-    else: options |= dict(batch_sampler=batches, collate_fn=self.collate_fn)
+    if self.batches is None: options |= dict(batch_size=self.bs, drop_last=self.drop_last)
+    elif self._at_once(): options |= dict(batch_size=None, sampler=batches)
+    else: options |= dict(batch_sampler=batches)
+    options['collate_fn'] = _same if self._at_once() else self.collate_fn
     return torch.utils.data.DataLoader(self.ds, num_workers=self.num_workers, **options)
 
+# %% ../nbs/04_training.ipynb #040194
 @patch
 def _keep_workers(self:DataLoader):
-    "An epoch of the loader whose workers live on; a second one at the same time has workers of its own."
+    "An epoch of the loader whose workers live on."
     loader, self._kept = self._kept or self._torch_loader(), None
     try: yield from loader
     finally: self._kept = loader
@@ -280,8 +308,9 @@ def get_dls(train_ds, # `Dataset` to train on: shuffled, without a short last ba
            **options, # of both loaders: pin_memory, persistent_workers, ...
            ) -> tuple: # (train_dl, valid_dl)
     "A pair of `DataLoader`s, to train and to validate."
-    return (DataLoader(train_ds, bs, shuffle=True, drop_last=True, seed=seed, num_workers=num_workers, **options),
-            DataLoader(valid_ds, bs*2, num_workers=num_workers, **options))
+    options['num_workers'] = num_workers
+    train_dl = DataLoader(train_ds, bs, shuffle=True, drop_last=True, seed=seed, **options)
+    return train_dl, DataLoader(valid_ds, bs*2, **options)
 
 def get_model(n_in:int=784, # features of a row
               nh:int=50, # hidden units

@@ -186,9 +186,9 @@ def test_what_collate_adds():
 
 @pytest.mark.parametrize('items, words', [
     ([(1, 2), (1, 2, 3)], 'got 2 in item 0 and 3 in item 1'), ([(1, 2)]*5 + [(1,)], 'got 2 in item 0 and 1 in item 5'),
-    ([{'a': 1}, {'a': 1, 'b': 2}], r"got \['a'\] in item 0 and \['a', 'b'\] in item 1"), ([{'a': 1, 'b': 2}, {'a': 1}], 'same fields'),
-    ([(1, 2), 3], 'got 2 in item 0 and None in item 1'), ([tensor, (tensor, 1)], 'same fields'), ([{'a': 1}, (1,)], 'same fields'),
-    ([({'a': 1}, 0), ({'a': 1, 'b': 2}, 0)], 'same fields'), ([], 'at least one item, got none')], ids=str)
+    ([{'a': 1}, {'a': 1, 'b': 2}], r"got \{'a'\} in item 0 and \{'[ab]', '[ab]'\} in item 1"), ([{'a': 1, 'b': 2}, {'a': 1}], 'items of equal fields'),
+    ([(1, 2), 3], 'got 2 in item 0 and None in item 1'), ([tensor, (tensor, 1)], 'items of equal fields'), ([{'a': 1}, (1,)], 'items of equal fields'),
+    ([({'a': 1}, 0), ({'a': 1, 'b': 2}, 0)], 'items of equal fields'), ([], 'at least one item, got none')], ids=str)
 def test_uneven_items_are_refused(items, words):
     with pytest.raises(ValueError, match=words): collate(items)
 
@@ -278,9 +278,9 @@ def test_an_iterable_dataset(kwargs):
         assert dl.sampler is None and dl.batch_size == 4 and dl.dataset is ds
     assert len(DataLoader(Measured(), 4)) == 3 and len(DataLoader(Measured(), 4, drop_last=True)) == 2
     with pytest.raises(TypeError, match='no len'): len(DataLoader(Stream(), 4))
-    with pytest.raises(ValueError, match=r"order of its own.*\['shuffle'\]"): DataLoader(Stream(), 4, shuffle=True)
+    with pytest.raises(ValueError, match='order of its own: expected no shuffle'): DataLoader(Stream(), 4, shuffle=True)
     for name in ('sampler', 'batch_sampler'):
-        with pytest.raises(ValueError, match=f"order of its own.*'{name}'"): DataLoader(Stream(), 4, **{name: [0]})
+        with pytest.raises(ValueError, match=f'order of its own: expected no {name}'): DataLoader(Stream(), 4, **{name: [0]})
 
 
 def test_what_is_no_dataset():
@@ -311,9 +311,9 @@ def test_unknown_options_are_refused_by_name():
 
 
 @pytest.mark.parametrize('options, words', [
-    (dict(sampler=[0], shuffle=True), r"\['sampler', 'shuffle'\]"), (dict(sampler=[0], batch_sampler=[[0]]), "'batch_sampler'"),
-    (dict(batch_sampler=[[0]], shuffle=True), "'batch_sampler', 'shuffle'"), (dict(batch_sampler=[[0]], bs=8), 'no bs and drop_last'),
-    (dict(batch_sampler=[[0]], drop_last=True), 'no bs and drop_last'), (dict(sampler=[0], seed=1), 'no seed'),
+    (dict(sampler=[0], shuffle=True), r"\['sampler', 'shuffle=True'\]"), (dict(sampler=[0], batch_sampler=[[0]]), "'batch_sampler'"),
+    (dict(batch_sampler=[[0]], shuffle=True), "'batch_sampler', 'shuffle=True'"), (dict(batch_sampler=[[0]], bs=8), 'no bs, drop_last'),
+    (dict(batch_sampler=[[0]], drop_last=True), 'no bs, drop_last'), (dict(sampler=[0], seed=1), 'no seed'),
     (dict(generator=torch.Generator(), shuffle=True, seed=1), 'no seed'), (dict(persistent_workers=True), 'num_workers > 0'),
     (dict(prefetch_factor=2), 'multiprocessing'), (dict(timeout=-1), 'non-negative')], ids=str)
 def test_what_does_not_go_together_is_refused_at_once(options, words):
