@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'STEPS', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'Callback', 'Learner', 'as_list', 'whole_number',
-           'Metric', 'Accuracy', 'Loss', 'n_rows', 'Metrics', 'Recorder', 'get_momentum', 'StopOnNaN', 'Progress',
-           'map_nest', 'to_device', 'Device', 'load_opt_state', 'GradientClip', 'GradientAccumulation',
+           'Metric', 'Accuracy', 'Loss', 'n_rows', 'weigher', 'Metrics', 'Recorder', 'get_momentum', 'StopOnNaN',
+           'Progress', 'map_nest', 'to_device', 'Device', 'load_opt_state', 'GradientClip', 'GradientAccumulation',
            'OverfitOneBatch', 'MixedPrecision', 'Compile', 'confusion_matrix']
 
 # %% ../nbs/10_learner.ipynb #100004
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from tqdm import tqdm
 from .nb_00 import default_device, is_terminal, say, show_images
-from .nb_03 import accuracy
+from .nb_03 import accuracy, cross_entropy, nll
 
 # %% ../nbs/10_learner.ipynb #100030
 EVENTS = ('before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_loss', 'after_backward', 'after_step',
@@ -109,7 +109,7 @@ class Learner:
         self.results = {}  # of the last epoch, name -> number
         self.depth = 0     # 1 in a fit, 2 in a fit or a pass within it
         self.fitting, self.failed, self.asks_closure, self.max_batches = False, False, False, None
-        self._made, self._told = None, []
+        self._made, self._told, self._weigher = None, [], (None, None)
 
     @property
     def xb(self): return _fields(self.batch, 2)[:-1]
@@ -459,7 +459,7 @@ class Metric:
     def __init__(self,
                  func, # (predictions, targets) -> mean over the rows of a batch: a number, or a dict of numbers
                  name:str=None): # heading of its column; None: the function's name
-        self.func, self.rows = func, None
+        self.func, self.weigher, self.rows = func, weigher(func), None
         self.name = name or getattr(getattr(func, 'func', func), '__name__', type(func).__name__)
         self.reset()
 
@@ -494,9 +494,8 @@ class Metric:
     def update(self, pred, target): self.add(self.func(pred, target), self.weigh(pred, target))
 
     def weigh(self, pred, target):
-        "Over how much the function's mean goes: rows, or what its attribute `weight_of` says."
-        weight_of = getattr(self.func, 'weight_of', None)
-        if weight_of: return weight_of(pred, target)
+        "Over how much the function's mean goes: what `weigher` says, else the rows."
+        if self.weigher: return self.weigher(pred, target)
         return n_rows(target, [pred]) if self.rows is None else self.rows
 
     def accumulate(self, learn):
@@ -561,23 +560,29 @@ def _row_counts(value):
     return {len(value)} | (sizes - {None} if all_alike else set())
 
 # %% ../nbs/10_learner.ipynb #100207
-@patch
-def loss_weight(self:Learner): # a number, or a 0-d Tensor
-    """Over how much the loss of the batch is a mean: its rows, or what the loss function's `weight_of(pred, target)` says.
-    The cross-entropies of PyTorch count the targets that they don't ignore, by their class weights."""
-    loss_func = self.loss_func
-    weight_of = getattr(loss_func, 'weight_of', None) or _WEIGHTS.get(loss_func) or _WEIGHTS.get(type(loss_func))
-    if not weight_of: return self.n_rows()
-    return weight_of(self.pred, self.yb) if hasattr(loss_func, 'weight_of') else weight_of(loss_func, self.pred, self.yb)
+def weigher(func): # a loss function or a metric: (predictions, targets) -> mean
+    """A function of predictions and targets that says over how much the mean of `func` goes; None for rows. It is the
+    attribute `weight_of` of `func`; cross-entropies and accuracy count the targets they don't ignore, by class weights."""
+    if hasattr(func, 'weight_of'): return func.weight_of
+    kind = func.func if isinstance(func, partial) else type(func) if isinstance(func, nn.Module) else func
+    if not any(kind is known for known in _COUNTING): return None
+    options = func.keywords if isinstance(func, partial) else vars(func) | getattr(func, '_buffers', {})
+    return partial(_counted, options.get('ignore_index', -100), options.get('weight'))
 
-def _counted(loss_func, pred, target):
-    "The sum of the weights of all targets that cross-entropy counts."
+def _counted(ignore_index, weight, pred, target):
+    "The sum of the weights of all targets that count."
     if not isinstance(target, Tensor) or target.is_floating_point(): return n_rows(target, [pred])
-    counts = target.ne(getattr(loss_func, 'ignore_index', -100))
-    weight = getattr(loss_func, 'weight', None)
+    counts = target.ne(ignore_index)
     return counts.count_nonzero() if weight is None else (weight[target.where(counts, 0)]*counts).sum()
 
-_WEIGHTS = {kind: _counted for kind in (F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss)}
+_COUNTING = F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss, cross_entropy, nll, accuracy
+
+@patch
+def loss_weight(self:Learner): # a number, or a 0-d Tensor
+    "Over how much the loss of the batch is a mean: what `weigher` says of the loss function, else the rows."
+    if self._weigher[0] is not self.loss_func: self._weigher = self.loss_func, weigher(self.loss_func)
+    weigh = self._weigher[1]
+    return weigh(self.pred, self.yb) if weigh else self.n_rows()
 
 # %% ../nbs/10_learner.ipynb #100071
 class Metrics(Callback):

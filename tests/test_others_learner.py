@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from exp.nb_00 import set_seed, test_near as near
 from exp.nb_02 import Model
-from exp.nb_03 import accuracy
+from exp.nb_03 import accuracy, cross_entropy
 from exp.nb_04 import DataLoader, Dataset
 from exp.nb_10 import (EVENTS, Accuracy, Callback, CancelBatch, CancelEpoch, CancelFit, Compile, Device, GradientAccumulation,
                        GradientClip, Learner, Metric, Metrics, MixedPrecision, OverfitOneBatch, Progress, Recorder, StopOnNaN,
@@ -546,3 +546,21 @@ def test_a_metric_may_say_its_weight():
     learn = new_learner(dls=(batches, batches), model=Tokens, metrics=word_accuracy)
     hits = [((learn.model(x).argmax(1) == y)[y >= 0]).float() for x, y in batches]
     near(learn.validate()['word_accuracy'], torch.cat(hits).mean())
+
+
+@pytest.mark.parametrize('loss_func', [partial(F.cross_entropy, ignore_index=-1, weight=WEIGHT), partial(cross_entropy, dim=1, ignore_index=-1)])
+def test_options_that_were_bound_to_a_loss_count(loss_func):
+    batches = list(ragged(-1))
+    learn = new_learner(dls=(batches, batches), model=Tokens, loss_func=loss_func)
+    with torch.no_grad():
+        preds = torch.cat([learn.model(x).transpose(1, 2).reshape(-1, 3) for x, _ in batches])
+        near(learn.validate()['valid_loss'], loss_func(preds, torch.cat([y.reshape(-1) for _, y in batches])), rtol=1e-5)
+
+
+def test_accuracy_counts_what_has_a_target():
+    batches = [(x, torch.where(torch.arange(len(y)) < 2, -100, y)) for x, y in batches_as(lambda x, y: (x, y), (4, 30, 2))]
+    learn = new_learner(dls=(batches, batches), metrics=[accuracy, Accuracy('again')])
+    found = learn.validate()
+    preds, targets = learn.get_preds()
+    near(found['accuracy'], accuracy(preds, targets))
+    near(found['again'], accuracy(preds, targets))
