@@ -38,9 +38,9 @@ class CancelFit(Exception): "Raise it in a callback to end the fit after its cle
 STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
 
 _WORDS = (  # what the names of other libraries speak of, and the event here
-    ('exception|interrupt|cancel', 'cleanup_fit'), ('before_step|optimizer|backward|grad', 'after_backward'), ('valid|val_|test|eval|loader|before_train$|after_train$', '{}_fit or around_pass'),
-    ('loss', 'after_loss'), ('pred|forward', 'after_predict'),
-    ('epoch', '{}_epoch'), ('batch|iter|step', '{}_batch'), ('', '{}_fit'))
+    ('exception|interrupt|cancel', 'cleanup_fit'), ('before_step|optimizer|backward|grad', 'after_backward'),
+    ('valid|val_|test|eval|loader|before_train$|after_train$', '{}_fit or around_pass'), ('loss', 'after_loss'),
+    ('pred|forward', 'after_predict'), ('epoch', '{}_epoch'), ('batch|iter|step', '{}_batch'), ('', '{}_fit'))
 
 def _event_here(name):
     "What an event of another library is called here; None if `name` is no such event."
@@ -600,8 +600,8 @@ class Metrics(Callback):
         if apart: valid = copy.deepcopy(valid)
         self.sets = {True: copy.deepcopy(valid) if self.train else [Loss()], False: valid}
         self.probed = set()
-        self.columns = {training: [_prefix(m, training) + _metric_name(m) for m in metrics]
-                        for training, metrics in self.sets.items()}
+        self.columns = {training: [_prefix(m, training) + m.name for m in metrics if isinstance(m, Metric) and not m.keys]
+                        for training, metrics in self.sets.items()}  # others have names when they have values
         self.check_columns()
         self.before_epoch(learn)
 

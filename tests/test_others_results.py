@@ -133,6 +133,13 @@ def test_names_that_meet_in_a_dict_or_in_training():
     assert 'loss' in learn.results
 
 
+def test_objects_of_one_class_whose_results_have_names():
+    learn = new_learner(metrics=[Object({'a': 1.}), Object({'b': 2.})])
+    learn.fit(1)
+    assert learn.results['a'] == 1 and learn.results['b'] == 2
+    with pytest.raises(ValueError, match='different names, got Object twice'): new_learner(metrics=[Object(1.), Object(2.)]).fit(1)
+
+
 def test_metrics_changed_by_a_callback():
     class Change(Callback):
         def before_fit(self, learn): learn.metrics = accuracy
