@@ -7,13 +7,13 @@ __all__ = ['SuggestedLRs', 'sched_const', 'sched_lin', 'sched_cos', 'sched_exp',
            'sched_one_cycle', 'sched_wsd', 'Scheduler', 'get_rng_state', 'set_rng_state']
 
 # %% ../nbs/11_schedules.ipynb #110004
-import copy, math, random
+import copy, math, random, statistics, warnings
 from collections import namedtuple
 from itertools import accumulate
 import numpy as np
 import torch
-from fastcore.basics import listify, patch
-from .nb_10 import Callback, CancelFit, Learner
+from fastcore.basics import patch
+from .nb_10 import Callback, CancelFit, Learner, as_list, get_momentum, load_opt_state, whole_number
 
 # %% ../nbs/11_schedules.ipynb #110017
 def _sched(mix):
@@ -85,10 +85,13 @@ def sched_wsd(start:float, # at the beginning
 
 # %% ../nbs/11_schedules.ipynb #110036
 def _set_hyper(group, name, value):
-    if name == 'momentum' and 'betas' in group: group['betas'] = (value, *group['betas'][1:])
+    if name == 'momentum' and name not in group: group['betas'] = (value, *group['betas'][1:])
+    elif isinstance(group[name], torch.Tensor): group[name].fill_(value)  # compiled steps go on reading this tensor
     else: group[name] = value
 
-def _get_hyper(group, name): return group['betas'][0] if name == 'momentum' and 'betas' in group else group[name]
+def _get_hyper(group, name):
+    value = get_momentum(group) if name == 'momentum' else group[name]
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 # %% ../nbs/11_schedules.ipynb #110037
 class Scheduler(Callback):
@@ -98,43 +101,80 @@ class Scheduler(Callback):
         self.scheds, self.before = scheds, []
 
     def before_fit(self, learn):
-        groups, self.plan = learn.opt.param_groups, []
+        groups, before = learn.opt.param_groups, []
         for name, scheds in self.scheds.items():
-            known = set(groups[0]) - {'params'} | ({'momentum'} if 'betas' in groups[0] else set())
+            known = {k for k, v in groups[0].items() if k != 'params' and _is_number(v)}
+            if 'betas' in groups[0]: known.add('momentum')
             if name not in known: raise ValueError(f'expected one of {sorted(known)} to schedule, got {name!r}')
-            scheds = list(scheds) if isinstance(scheds, (tuple, list)) else [scheds]*len(groups)
-            if len(scheds) != len(groups): raise ValueError(f'expected {len(groups)} schedules for {name}, one a group, got {len(scheds)}')
-            self.plan += [(group, name, sched) for group, sched in zip(groups, scheds)]
-        self.before = [(group, name, _get_hyper(group, name)) for group, name, _ in self.plan]
+            if isinstance(scheds, (tuple, list)) and len(scheds) != len(groups):
+                raise ValueError(f'expected {len(groups)} schedules for {name}, one a group, got {len(scheds)}')
+            before += [(i, name, _get_hyper(group, name)) for i, group in enumerate(groups)]
+        self.before = before
 
     def before_batch(self, learn):
         if not learn.training: return
         if learn.n_iter is None: raise ValueError('expected training data with a length, to know how far we are; got none')
         pos = (learn.epoch*learn.n_iter + learn.iter)/(learn.n_epochs*learn.n_iter)
-        for group, name, sched in self.plan: _set_hyper(group, name, sched(pos))
+        for name, scheds in self.scheds.items():
+            for i, group in enumerate(learn.opt.param_groups):  # looked up each time: they may have been replaced
+                value = (scheds[i] if isinstance(scheds, (tuple, list)) else scheds)(pos)
+                if name == 'lr' and not 0 <= value < math.inf:
+                    raise ValueError(f'expected a schedule of rates of at least 0, got {value} at progress {pos:.3g}')
+                _set_hyper(group, name, value)
 
     def cleanup_fit(self, learn):
-        for group, name, value in self.before: _set_hyper(group, name, value)
+        groups = learn.opt.param_groups
+        for i, name, value in self.before:
+            if i < len(groups): _set_hyper(groups[i], name, value)
         self.before = []
+
+def _is_number(value): return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
 
 # %% ../nbs/11_schedules.ipynb #110044
 @patch
 def fit_one_cycle(self:Learner,
                   n_epochs:int, # passes over the training data, at least 1
-                  lr_max=None, # top of the cycle, one for all parameter groups or a list; None: the Learner's `lr`
-                  div:float=25., # it starts at lr_max/div
-                  div_final:float=1e5, # and ends at lr_max/div_final
+                  lr_max=None, # top of the cycle, > 0: one for all groups, a list, or a slice; None: the Learner's `lr`
+                  div:float=25., # it starts at lr_max/div, > 0
+                  div_final:float=1e5, # and ends at lr_max/div_final, > 0
                   pct_start:float=0.25, # share of the way up, in (0, 1)
                   moms=(0.95, 0.85, 0.95), # momentum at the start, the top and the end; None: leave it alone
                   cbs=(), # more callbacks, for this fit
-                  reset_opt:bool=False): # make a new optimizer instead of going on with the old one
-    "`fit` with one cycle of learning rate and momentum (Smith and Topin, 2018)."
-    if self.opt is None or reset_opt: self.create_opt()
-    lrs = listify(self.lr if lr_max is None else lr_max)*(1 if isinstance(lr_max, (tuple, list)) else len(self.opt.param_groups))
+                  reset_opt:bool=False, # make a new optimizer instead of going on with the old one
+                  max_batches:int=None): # end each pass after so many batches; None: all
+    """`fit` with one cycle of learning rate and momentum (Smith and Topin, 2018); raises `ValueError` for rates, shares and
+    divisors that make no cycle."""
+    _check_cycle(pct_start, div=div, div_final=div_final)
+    self.ready_opt(reset_opt)
+    lrs = self.rates(self.lr if lr_max is None else lr_max)
     scheds = dict(lr=[sched_one_cycle(lr/div, lr, lr/div_final, pct_start) for lr in lrs])
     if moms and all('betas' in g or g.get('momentum') for g in self.opt.param_groups):
+        if len(moms) != 3 or not all(0 <= m < 1 for m in moms):
+            raise ValueError(f'expected three momenta of at least 0 and below 1, got {moms}')
         scheds['momentum'] = sched_one_cycle(*moms, pct_start)
-    self.fit(n_epochs, cbs=[Scheduler(**scheds), *listify(cbs)])
+    self.fit(n_epochs, cbs=[Scheduler(**scheds), *as_list(cbs)], max_batches=max_batches)
+
+def _check_cycle(pct_start, **divisors):
+    if not 0 < pct_start < 1: raise ValueError(f'expected pct_start in (0, 1), got {pct_start}')
+    for name, value in divisors.items():
+        if not 0 < value < math.inf: raise ValueError(f'expected {name} above 0, got {value}')
+
+# %% ../nbs/11_schedules.ipynb #110210
+@patch
+def fit_flat_cos(self:Learner,
+                 n_epochs:int, # passes over the training data, at least 1
+                 lr=None, # rate of the flat part, > 0: one for all groups, a list, or a slice; None: the Learner's `lr`
+                 div_final:float=1e5, # it ends at lr/div_final, > 0
+                 pct_start:float=0.75, # share of the flat part, in (0, 1)
+                 cbs=(), # more callbacks, for this fit
+                 reset_opt:bool=False, # make a new optimizer instead of going on with the old one
+                 max_batches:int=None): # end each pass after so many batches; None: all
+    "`fit` at a constant rate that falls along a cosine at the end; raises `ValueError` as `fit_one_cycle` does."
+    _check_cycle(pct_start, div_final=div_final)
+    self.ready_opt(reset_opt)
+    lrs = self.rates(self.lr if lr is None else lr)
+    scheds = [combine_scheds([pct_start, 1 - pct_start], [sched_const(lr), sched_cos(lr, lr/div_final)]) for lr in lrs]
+    self.fit(n_epochs, cbs=[Scheduler(lr=scheds), *as_list(cbs)], max_batches=max_batches)
 
 # %% ../nbs/11_schedules.ipynb #110050
 def _generators(dls):
@@ -168,25 +208,34 @@ def set_rng_state(state:dict, # from `get_rng_state`
 
 # %% ../nbs/11_schedules.ipynb #110053
 class _Sweep(Callback):
-    "Raises the learning rate batch by batch; records smoothed losses; ends the fit when they explode."
+    "Raises the learning rate step by step; records the smoothed loss of each; ends the fit when it explodes."
     order = -1
     def __init__(self, sched, steps, diverged): self.sched, self.steps, self.diverged = sched, steps, diverged
-    def before_fit(self, learn): self.i, self.mean, self.lrs, self.losses = 0, 0., [], []
+    def before_fit(self, learn): self.i, self.mean, self.lrs, self.raw, self.losses, self.batches = 0, 0., [], [], [], []
 
     def before_batch(self, learn):
         self.lr = self.sched(self.i/(self.steps - 1))
         for group in learn.opt.param_groups: group['lr'] = self.lr
 
-    def after_loss(self, learn):
-        self.i += 1
-        self.mean = 0.9*self.mean + 0.1*learn.loss.item()
-        loss = self.mean/(1 - 0.9**self.i)
-        if not math.isfinite(loss) or self.losses and loss > self.diverged*min(self.losses): raise CancelFit
-        self.lrs.append(self.lr)
-        self.losses.append(loss)
+    def after_loss(self, learn): self.batches.append(learn.loss.detach())
 
     def after_step(self, learn):
+        raw, self.batches = torch.stack(self.batches).mean().item(), []  # of several batches, if gradients are accumulated
+        self.i += 1
+        self.mean = 0.9*self.mean + 0.1*raw
+        loss = self.mean/(1 - 0.9**self.i)
+        if not math.isfinite(loss) or self.exploded(loss): raise CancelFit
+        self.lrs.append(self.lr)
+        self.raw.append(raw)
+        self.losses.append(loss)
         if self.i == self.steps: raise CancelFit
+
+    def exploded(self, loss):
+        "Whether the loss is far above its lowest; one below zero is measured by how far it fell."
+        if not self.losses: return False
+        low = min(self.losses)
+        scale = low if low > 0 else max(-low, self.losses[0] - low)
+        return loss - low > (self.diverged - 1)*scale
 
 # %% ../nbs/11_schedules.ipynb #110055
 SuggestedLRs = namedtuple('SuggestedLRs', 'valley steepest')
@@ -207,30 +256,45 @@ def _valley(lrs, losses):
     half = (losses[path[0]] + losses[path[-1]])/2
     return lrs[next(i for i in reversed(path) if losses[i] <= half)]
 
+# %% ../nbs/11_schedules.ipynb #110211
+def _falls(raw, losses):
+    "Whether the loss fell by more than its noise explains, three times over."
+    low = losses.index(min(losses))
+    start, end = raw[:10], raw[max(0, low - 9):low + 1]
+    noise = statistics.pstdev(b - a for a, b in zip(raw[:low], raw[1:low + 1]))/math.sqrt(2) if low > 1 else math.inf
+    return statistics.fmean(start) - statistics.fmean(end) > 3*noise*math.sqrt(1/len(start) + 1/len(end))
+
 # %% ../nbs/11_schedules.ipynb #110057
 @patch
 def lr_find(self:Learner,
             start:float=1e-5, # first learning rate, > 0
             end:float=10., # last learning rate, > start
-            steps:int=100, # batches, at least 10
-            diverged:float=4., # stop when the smoothed loss is this many times its lowest value
+            steps:int=100, # steps of the optimizer, at least 10
+            diverged:float=4., # stop when the smoothed loss is this many times its lowest value, > 1
             plot:bool=True, # draw the curve
-           ) -> SuggestedLRs: # valley and steepest
+           ) -> SuggestedLRs: # valley and steepest; None, with a warning, if the loss never falls
     "Train with rising learning rates, suggest some, and put everything back; raises `ValueError` if nothing can be seen."
-    if not (0 < start < end and steps >= 10): raise ValueError(f'expected 0 < start < end and steps >= 10, got {start}, {end}, {steps}')
-    sweep = _Sweep(sched_exp(start, end), steps, diverged)
+    if not 0 < start < end < math.inf: raise ValueError(f'expected 0 < start < end, got {start}, {end}')
+    if not diverged > 1: raise ValueError(f'expected diverged above 1, got {diverged}')
+    sweep = _Sweep(sched_exp(start, end), whole_number(steps, 'steps', 10), diverged)
     kept, rng = (self.dls, self.cbs, self.opt), get_rng_state(self.dls)
-    model, opt = copy.deepcopy(self.model.state_dict()), self.opt and copy.deepcopy(self.opt.state_dict())
+    states = [copy.deepcopy(m.state_dict()) for m in self.modules]
+    opt = self.opt and copy.deepcopy(self.opt.state_dict())
     try:
         self.dls, self.cbs = (self.dls[0], None), [cb for cb in self.cbs if cb.sweep]
         self.fit(steps, cbs=sweep)
     finally:
         self.dls, self.cbs, self.opt = kept
-        self.model.load_state_dict(model)
-        if opt: self.opt.load_state_dict(opt)
+        for m, state in zip(self.modules, states): m.load_state_dict(state)
+        if opt: load_opt_state(self.opt, opt)
         set_rng_state(rng, self.dls)
-    if len(sweep.lrs) < 10: raise ValueError(f'expected 10 finite losses to see a slope, got {len(sweep.lrs)}: lower start?')
-    found = SuggestedLRs(_valley(sweep.lrs, sweep.losses), _steepest(sweep.lrs, sweep.losses))
+    if len(sweep.lrs) < 10:
+        raise ValueError(f'expected 10 losses to see a slope, got {len(sweep.lrs)} before the loss exploded: lower start?')
+    if _falls(sweep.raw, sweep.losses):
+        found = SuggestedLRs(_valley(sweep.lrs, sweep.losses), _steepest(sweep.lrs, sweep.losses))
+    else:
+        found = SuggestedLRs(None, None)
+        warnings.warn(f'the loss did not fall at any rate from {start:g} to {end:g}: no rate can be suggested')
     if plot: _plot_sweep(sweep, found)
     return found
 
@@ -238,8 +302,8 @@ def lr_find(self:Learner,
 def _plot_sweep(sweep, found):
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(6, 2.8))[1]
-    ax.plot(sweep.lrs, sweep.losses, color='tab:gray')
+    ax.plot(sweep.lrs, sweep.losses, color='tab:gray', label='smoothed loss')
     for name, lr, marker in zip(found._fields, found, 'os'):
-        ax.plot(lr, sweep.losses[sweep.lrs.index(lr)], marker, ms=8, label=f'{name}: {lr:.2g}')
+        if lr: ax.plot(lr, sweep.losses[sweep.lrs.index(lr)], marker, ms=8, label=f'{name}: {lr:.2g}')
     ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='smoothed loss')
     ax.legend()
