@@ -168,10 +168,8 @@ def _state(module):
 def _parts(learn):
     "What is trained and has a state, name -> module: the model, and perhaps the loss function."
     names = {id(learn.model): 'model', id(learn.loss_func): 'loss_func'}
-    named = [(names.get(id(m), f'module{i}'), m) for i, m in enumerate(_modules(learn))]
+    named = [(names.get(id(m), f'module{i}'), m) for i, m in enumerate(learn.modules)]
     return {name: m for name, m in named if name == 'model' or m.state_dict()}
-
-def _modules(learn): return [m for m in (learn.model, learn.loss_func) if isinstance(m, nn.Module)]
 
 # %% ../nbs/13_checkpoints.ipynb #130086
 def _state_of(learn, dls):
@@ -571,6 +569,7 @@ class Checkpoint(Monitor):
         super().before_fit(learn)
         self.state, self.best_name, self.dls, self.planned = None, '', learn.dls, learn.n_epochs
         self.lrs, self.checked = [float(g['lr']) for g in learn.opt.param_groups], False
+        self.signals, self.lock = _Signals(), _FolderLock(self.folder)  # of this fit, should it be within another
         problem = self.lock.take()
         path = last_checkpoint(self.folder)
         if path and not self.resume: raise FileExistsError(f'expected an empty folder or resume=True, found {path}')
@@ -757,6 +756,24 @@ def _read_state_dict(data, path):
     if isinstance(state, dict) and any(isinstance(v, Tensor) for v in state.values()): return {'model': state}
     found = f'a dict with {[*state][:9]}' if isinstance(state, dict) else f'a {type(state).__name__}'
     raise CheckpointError(f'{path}: expected tensors by name, found {found}: take out the weights and use model.load_state_dict')
+
+# %% ../nbs/13_checkpoints.ipynb #130099
+@patch
+def save(self:Learner,
+         path): # file to write; one that ends in `.safetensors` gets the weights, any other a checkpoint
+    "Write the weights, or all of a training between two fits: weights, optimizer, random states, results, record."
+    if _is_weights(path): _save_parts(_parts(self), path)
+    else: save_checkpoint(self, path)
+
+@patch
+def load(self:Learner,
+         path) -> Learner: # file from `save`; returns the Learner itself
+    "Take over what was saved; raises `CheckpointError` for a damaged file or one of another Learner, and changes nothing."
+    if _is_weights(path): _load_parts(_parts(self), _read_parts(path), path)
+    else: load_checkpoint(self, path)
+    return self
+
+def _is_weights(path): return Path(path).suffix.lower() == '.safetensors'
 
 # %% ../nbs/13_checkpoints.ipynb #130073
 class SaveBest(Monitor):
