@@ -449,8 +449,8 @@ def _kind_of(words):
     if len(words) > 1 or len(word) < 5: return None
     if word.endswith(('loss', 'error')): return 'min'
     if word.endswith('accuracy'): return 'max'
-    near = get_close_matches(word, _LOWER | _HIGHER, 1, 0.93)  # misspelt: the fit will say that there is no such result
-    return _kind_of(near) if near else None
+    near = get_close_matches(word, [w for w in _LOWER | _HIGHER if w[0] == word[0]], 1, 0.93)
+    return _kind_of(near) if near else None  # misspelt: the fit will say that there is no such result
 
 # %% ../nbs/13_checkpoints.ipynb #130049
 class Monitor(Callback):
