@@ -105,9 +105,11 @@ def _check_choices(settings):
 
 def _device(name):
     if name == 'auto': return default_device()
-    try: return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f'expected --device cpu, or one that is there, got {name!r}') from None
+    try: device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError): device = None
+    if device is None or device.type == 'meta':  # meta has shapes, and nothing in them
+        raise ValueError(f'expected --device cpu, or one that is there, got {name!r}')
+    return device
 
 # %% ../nbs/14_experiments.ipynb #140015
 def make_learner(settings:Settings) -> Learner:
@@ -428,20 +430,10 @@ def _exp_train_command(argv=None):
     _run_command('exp_train', lambda: exp_train(**options))
 
 def _run_command(name, command):
-    "Run it for the shell; an error is one line, and a reader of the output who has gone is none."
+    "Run it for the shell: an error is one line."
     try: command()
     except (ValueError, OSError, ArithmeticError) as e: sys.exit(f'{name}: {e}')
     except KeyboardInterrupt: sys.exit(130)
-    finally: lost = _let_go(sys.stdout)
-    if lost and name == 'exp_runs': sys.exit(f'{name}: {lost}')  # there is nothing else that it does
-
-def _let_go(stream):
-    "Drop what a stream can't take any more, or the interpreter tries again as it ends. Returns the error, unless nobody listens."
-    try: stream.flush()
-    except (OSError, ValueError, AttributeError) as e:
-        try: os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except (OSError, ValueError, AttributeError): return None  # closed, or none at all
-        return None if isinstance(e, BrokenPipeError) else e
 
 # %% ../nbs/14_experiments.ipynb #140053
 def exp_runs(*runs, # none: a table of all; two: what is different
