@@ -7,8 +7,8 @@ __all__ = ['FORMAT', 'atomic_write', 'CheckpointError', 'read_checkpoint', 'save
            'Checkpoint', 'last_checkpoint', 'save_weights', 'load_weights', 'SaveBest', 'EarlyStopping']
 
 # %% ../nbs/13_checkpoints.ipynb #130004
-import base64, copy, errno, hashlib, io, json, math, numbers, operator, os, pickle, platform, re, secrets, signal, socket, struct
-import threading, time, warnings, weakref
+import base64, copy, errno, hashlib, io, json, math, numbers, os, pickle, platform, re, secrets, signal
+import socket, struct, threading, time, warnings, weakref
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -31,7 +31,7 @@ def _sync(folder):
     finally: os.close(number)
 
 def _lock(file):
-    "Take an open file for this process until it is closed: True; False if another has it; None where there are no locks."
+    "Take a file until it is closed: True; False if another process has it; None where there are no locks."
     try:
         if os.name == 'nt':
             import msvcrt
@@ -54,7 +54,7 @@ def _open_part(path):
         file.close()  # another process took it for a dead one, in the moment before it was locked
 
 def _clear_parts(folder, name):
-    "Remove what killed processes have left of files whose names match `name`: the parts that nobody is writing."
+    "Remove the parts that nobody is writing of files whose names match `name`: killed processes left them."
     with suppress(OSError):
         for part in Path(folder).iterdir():
             if re.fullmatch(rf'\.{name}(\.[0-9a-f]{{8}})?\.part', part.name): _clear(part)
@@ -70,7 +70,7 @@ def _clear(part):
 # %% ../nbs/13_checkpoints.ipynb #130024
 @contextmanager
 def atomic_write(path): # file to write; gives a binary file
-    "Write a file that appears under its name when it is complete; until then, and after an error, an older one stays."
+    "Write a file that gets its name when it is complete; until then, and after an error, an older one stays."
     path, part = Path(path).expanduser(), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +90,10 @@ def atomic_write(path): # file to write; gives a binary file
             if part: part.unlink(missing_ok=True)
 
 # %% ../nbs/13_checkpoints.ipynb #130031
-class CheckpointError(ValueError): "Not a checkpoint, a damaged one, or one that doesn't fit; the message says what was found."
+class CheckpointError(ValueError): "A file that is no checkpoint, is damaged, or doesn't fit."
 
 def _seal(data):
-    "Add the SHA-256 of a zip archive as its comment (APPNOTE.TXT, 4.3.16: two bytes of length, then the comment)."
+    "Add the SHA-256 of a zip archive as its comment (APPNOTE.TXT, 4.3.16: two bytes of length, comment)."
     data, digest = data[:-2] + struct.pack('<H', 64), hashlib.sha256(data).hexdigest()
     return data + digest.encode()
 
@@ -115,7 +115,7 @@ FORMAT = 'exp checkpoint, 1'
 
 def read_checkpoint(path, # file made by `save_checkpoint` or `Checkpoint`
                    ) -> dict: # what it holds, tensors on the CPU
-    "Read and verify; nothing in the file is run. Raises `CheckpointError`, which names the newest good one beside it."
+    "Read and verify, running nothing; raises `CheckpointError`, which names the newest good one beside it."
     path = Path(path).expanduser()
     data = path.read_bytes()
     fault = _fault(data)
@@ -140,7 +140,8 @@ def _fault_of(path):
     except OSError as e: return f'expected a file that can be read: {e.strerror or e}'
 
 def _checkpoints(folder): # oldest first
-    found = [(re.fullmatch(r'epoch(\d+)-batch(\d+)\.pt', p.name), p) for p in Path(folder).glob('epoch*-batch*.pt')]
+    paths = Path(folder).glob('epoch*-batch*.pt')
+    found = [(re.fullmatch(r'epoch(\d+)-batch(\d+)\.pt', p.name), p) for p in paths]
     return [p for _, p in sorted((tuple(map(int, match.groups())), p) for match, p in found if match)]
 
 # %% ../nbs/13_checkpoints.ipynb #130085
@@ -162,7 +163,8 @@ def _state(module):
     "The `state_dict` of a module by plain names."
     state, plain = module.state_dict(), _plain(module)
     found = OrderedDict((plain(k), v) for k, v in state.items())
-    found._metadata = OrderedDict((plain(f'{k}.')[:-1], v) for k, v in getattr(state, '_metadata', {}).items())
+    versions = getattr(state, '_metadata', {}).items()  # of the modules' classes
+    found._metadata = OrderedDict((plain(f'{k}.')[:-1], v) for k, v in versions)
     return found
 
 def _parts(learn):
@@ -174,17 +176,19 @@ def _parts(learn):
 # %% ../nbs/13_checkpoints.ipynb #130086
 def _state_of(learn, dls):
     cbs = learn.running or ([learn.recorder] if hasattr(learn, 'recorder') else [])
-    versions = dict(exp=exp.__version__, torch=str(torch.__version__), numpy=np.__version__, python=platform.python_version())
-    model, *others = _parts(learn).items()
-    opt = learn.opt and dict(name=type(learn.opt).__name__, state=learn.opt.state_dict(), params=_params_of(learn))
-    return dict(format=FORMAT, versions=versions, model=_state(model[1]), modules={name: _state(m) for name, m in others},
-                opt=opt, random=get_rng_state(dls), results=learn.results,
+    versions = dict(exp=exp.__version__, torch=str(torch.__version__), numpy=np.__version__,
+                    python=platform.python_version())
+    weights, opt = {name: _state(m) for name, m in _parts(learn).items()}, learn.opt
+    if opt: opt = dict(name=type(opt).__name__, state=opt.state_dict(), params=_params_of(learn))
+    return dict(format=FORMAT, versions=versions, model=weights.pop('model'), modules=weights, opt=opt,
+                random=get_rng_state(dls), results=learn.results,
                 cbs=[(type(cb).__name__, state) for cb in cbs if (state := cb.state_dict())])
 
 def _params_of(learn):
     "Name and shape of each parameter that the optimizer has, group by group."
     names = {id(p): (name, key) for name, m in _parts(learn).items() for key, p in _named_parameters(m)}
-    return [[(*names.get(id(p), ('', '')), _shape(p)) for p in group['params']] for group in learn.opt.param_groups]
+    groups = [group['params'] for group in learn.opt.param_groups]
+    return [[(*names.get(id(p), ('', '')), _shape(p)) for p in params] for params in groups]
 
 def _named_parameters(module):
     plain = _plain(module)
@@ -203,14 +207,14 @@ def _save_state(state, path):
     _write(state, path)
 
 def _check_readable(state, path):
-    "Raise `CheckpointError` for what a file without programs in it can't hold: better now than when it is read."
+    "Raise `CheckpointError` for what a file without programs can't hold: better now than when it is read."
     odd = _odd(state)
-    if odd: raise CheckpointError(f'{path}: expected numbers, strings and tensors in lists, tuples and dicts, found {odd}')
+    if odd: raise CheckpointError(f'{path}: expected numbers, strings, tensors, lists, dicts, found {odd}')
 
 _ATOMS = {int, float, bool, str, bytes, type(None), Tensor, nn.Parameter}
 
 def _odd(value, where=''):
-    "Type and place of the first thing in a nest that can't be read back without running it; '' if there is none."
+    "Type and place of the first thing in a nest that can't be read back without running it, or ''."
     kind = type(value)
     if kind in _ATOMS: return ''
     if kind in (list, tuple) and set(map(type, value)) <= _ATOMS: return ''
@@ -241,7 +245,7 @@ def _readings(names):
     if len({*bare}) == len(bare): yield bare
 
 def _pairs(own, found):
-    "Each name in one of two dicts, with the key that stands for it in each, or None; as few as possible alone."
+    "Each name of two dicts, with the key that stands for it in each, or None; as few as possible alone."
     best = None
     for a in _readings(own):
         for b in _readings(found):
@@ -257,8 +261,8 @@ def _mismatch(name, own, found):
     if found is _NOTHING: return f'{name} {_form(own)}, found none'
     if name.endswith('_extra_state') or nn.parameter.is_lazy(own): return ''
     if _form(own) != _form(found): return f'{name} {_form(own)}, found {_form(found)}'
-    if isinstance(own, Tensor) and _kind(own) != _kind(found): return f'{name} {_kind(own)}, found {_kind(found)}'
-    return ''
+    if not isinstance(own, Tensor) or _kind(own) == _kind(found): return ''
+    return f'{name} {_kind(own)}, found {_kind(found)}'
 
 def _form(value):
     if isinstance(value, Tensor) and nn.parameter.is_lazy(value): return 'without a shape'
@@ -270,7 +274,7 @@ def _kind(value):
 
 # %% ../nbs/13_checkpoints.ipynb #130089
 def _fitting(parts, found, path):
-    "What to load into each part; raises `CheckpointError` unless names, shapes and kinds of numbers are the same."
+    "What to load into each part; raises `CheckpointError` unless names, shapes and kinds of numbers agree."
     wrong, fitting = [], {}
     for part in {**parts, **found}:
         own, theirs = parts[part].state_dict() if part in parts else {}, found.get(part, {})
@@ -288,7 +292,7 @@ def _fitting(parts, found, path):
     return fitting
 
 def _metadata(own, found):
-    "The versions of the modules that wrote `found`, by the names that they have in `own`; None if it has none."
+    "The versions of the modules that wrote `found`, by their names in `own`; None if it has none."
     if not getattr(found, '_metadata', None): return None
     def bare(name): return '.'.join(w for w in name.split('.') if w not in _WRAPPERS.values())
     versions = {bare(k): v for k, v in found._metadata.items()}
@@ -331,17 +335,22 @@ def _check_complete(state, path):
     if missing: raise CheckpointError(f'{path}: expected a whole checkpoint, found one without {missing}')
 
 def _check_opt(learn, opt, path):
-    "Raise `CheckpointError` unless the optimizer is of the same kind, and has the same parameters in the same groups."
-    if opt['name'].lower() != type(learn.opt).__name__.lower():
-        raise CheckpointError(f'{path}: expected the state of {type(learn.opt).__name__}, found that of {opt["name"]}')
+    "Raise `CheckpointError` unless the optimizer is of the same kind, with the same parameters in its groups."
+    name = type(learn.opt).__name__
+    if opt['name'].lower() != name.lower():
+        raise CheckpointError(f'{path}: expected the state of {name}, found that of {opt["name"]}')
     own, saved = _params_of(learn), opt['state']['param_groups']
     sizes, found = [len(group) for group in own], [len(group['params']) for group in saved]
-    if sizes != found: raise CheckpointError(f'{path}: expected an optimizer with groups of {sizes} parameters, found {found}')
+    if sizes != found:
+        raise CheckpointError(f'{path}: expected an optimizer with groups of {sizes} parameters, '
+                              f'found {found}')
     for i, (ours, group) in enumerate(zip(own, saved)):
         theirs = opt['params'][i] if 'params' in opt else [None]*len(ours)
         for a, b, k in zip(ours, theirs, group['params']):
             if b is None: b = (*a[:2], _shape_in(opt['state']['state'].get(k, {}), a[2]))
-            if a != tuple(b): raise CheckpointError(f'{path}: expected {_words(a)} in group {i} of the optimizer, found {_words(b)}')
+            if a == tuple(b): continue
+            raise CheckpointError(f'{path}: expected {_words(a)} in group {i} of the optimizer, '
+                                  f'found {_words(b)}')
 
 def _words(param):
     part, name, shape = param
@@ -360,9 +369,10 @@ def _restore(learn, state, path):
     fitting = _fitting(parts, dict(model=state['model'], **state.get('modules', {})), path)
     if learn.opt is None and opt: learn.create_opt()
     if opt: _check_opt(learn, opt, path)
-    if versions['torch'] != torch.__version__: warnings.warn(f'{path} was made by torch {versions["torch"]}: not bit for bit')
+    if versions['torch'] != torch.__version__:
+        warnings.warn(f'{path} was made by torch {versions["torch"]}: not bit for bit')
     random = dict(state['random'])
-    if 'cuda' in random: random['cuda'] = random['cuda'][:torch.cuda.device_count()]  # there were more of them
+    if 'cuda' in random: random['cuda'] = random['cuda'][:torch.cuda.device_count()]  # there were more
     set_rng_state(random, learn.dls)
     if opt:
         groups = learn.opt.param_groups
@@ -375,7 +385,7 @@ def _restore(learn, state, path):
 # %% ../nbs/13_checkpoints.ipynb #130039
 def load_checkpoint(learn:Learner, # made as the saved one was: model, optimizer, loaders
                     path): # file made by `save_checkpoint` or `Checkpoint`
-    "Take over what was saved; raises `CheckpointError` for a file that is damaged or of another model or optimizer."
+    "Take over what was saved; raises `CheckpointError` for a damaged file, or one that doesn't fit."
     state = read_checkpoint(path)
     with _all_or_nothing(learn, path):
         _restore(learn, state, path)
@@ -388,7 +398,9 @@ def load_checkpoint(learn:Learner, # made as the saved one was: model, optimizer
 # %% ../nbs/13_checkpoints.ipynb #130045
 class _Rest:
     "What a loader gives from batch `start` on, random states being then as they were at that point."
-    def __init__(self, dl, start, random, dls): self.dl, self.start, self.random, self.dls = dl, start, random, dls
+    def __init__(self, dl, start, random, dls):
+        self.dl, self.start, self.random, self.dls = dl, start, random, dls
+
     def __len__(self): return len(self.dl)
 
     def __iter__(self):
@@ -403,9 +415,10 @@ class _Signals:
     def __init__(self): self.asked, self.old = None, {}
 
     def catch(self):
-        if threading.current_thread() is not threading.main_thread(): return  # only there may signals be caught
+        if threading.current_thread() is not threading.main_thread(): return  # only there can one catch them
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) not in (None, signal.SIG_IGN): self.old[number] = signal.signal(number, self.note)
+            if signal.getsignal(number) in (None, signal.SIG_IGN): continue
+            self.old[number] = signal.signal(number, self.note)
 
     def note(self, number, frame):
         again, self.asked = self.asked, number
@@ -418,15 +431,19 @@ class _Signals:
         if asked: signal.raise_signal(asked)
 
 # %% ../nbs/13_checkpoints.ipynb #130091
-_LOWER = {*'''loss losses error errors err mae mse rmse rms nrmse nmse rmsle msle mape smape wmape mase mad rae rse epe ade fde
-    perplexity ppl bpc bpb bpd bitsper nll nlpd bce ce crossentropy ece mce brier crps hinge huber logcosh deviance regret cost penalty
-    residual residuals misclassification inaccuracy imprecision dissimilarity wer cer per ter mer der eer translationeditrate wil
-    wordinfolost distance divergence kl kld jsd emd mmd fid kid lpips patchsimilarity hamming hausdorff chamfer davies fpr fnr fallout
-    l1 l2 aic bic latency seconds time negativeloglikelihood negloglikelihood'''.split()}
-_HIGHER = {*'''accuracy accuracies acc accs f1 f2 fbeta fscore auc aucs auroc auprc aucpr roc precision recall ap map averageprecision
-    specificity sensitivity tpr tnr r2 rsquared explainedvariance iou miou giou dice jaccard kappa mcc matthews corr corrcoef
-    correlation pearson spearman kendall similarity bleu sacrebleu rouge meteor chrf bertscore cider exactmatch wip wordinfopreserved
-    mrr dcg ndcg hit hits hitrate win wins success reward rewards ssim psnr snr sdr sisdr signalnoise signaldistortion pesq stoi
+_LOWER = {*'''
+    loss losses error errors err mae mse rmse rms nrmse nmse rmsle msle mape smape wmape mase mad rae rse
+    epe ade fde perplexity ppl bpc bpb bpd bitsper nll nlpd bce ce crossentropy ece mce brier crps hinge
+    huber logcosh deviance regret cost penalty residual residuals misclassification inaccuracy imprecision
+    dissimilarity wer cer per ter mer der eer translationeditrate wil wordinfolost distance divergence kl
+    kld jsd emd mmd fid kid lpips patchsimilarity hamming hausdorff chamfer davies fpr fnr fallout l1 l2
+    aic bic latency seconds time negativeloglikelihood negloglikelihood'''.split()}
+_HIGHER = {*'''
+    accuracy accuracies acc accs f1 f2 fbeta fscore auc aucs auroc auprc aucpr roc precision recall ap map
+    averageprecision specificity sensitivity tpr tnr r2 rsquared explainedvariance iou miou giou dice
+    jaccard kappa mcc matthews corr corrcoef correlation pearson spearman kendall similarity bleu
+    sacrebleu rouge meteor chrf bertscore cider exactmatch wip wordinfopreserved mrr dcg ndcg hit hits
+    hitrate win wins success reward rewards ssim psnr snr sdr sisdr signalnoise signaldistortion pesq stoi
     likelihood loglikelihood elbo silhouette purity nmi ari throughput'''.split()}
 _UNCLEAR = {*'neg negative minus inverse inverted gap drop diff difference delta std stdev'.split()}
 
@@ -459,20 +476,24 @@ class Monitor(Callback):
     def __init__(self,
                  monitor:str='valid_loss', # a name in `learn.results`
                  min_delta:float=0., # improvements up to this don't count, at least 0
-                 mode:str=None): # 'min': lower is better; 'max': higher; None: as the name says, which must be a known one
-        if not isinstance(monitor, str): raise ValueError(f'expected monitor to be the name of a result, got {monitor!r}')
-        if mode not in ('min', 'max', None): raise ValueError(f"expected mode 'min', 'max' or None, got {mode!r}")
+                 mode:str=None): # 'min': lower is better; 'max': higher; None: as a known name says
+        if not isinstance(monitor, str):
+            raise ValueError(f'expected monitor to be the name of a result, got {monitor!r}')
+        if mode not in ('min', 'max', None):
+            raise ValueError(f"expected 'min', 'max' or None as mode, got {mode!r}")
         if not _is_number(min_delta) or not 0 <= min_delta < math.inf:
             raise ValueError(f'expected min_delta of at least 0, got {min_delta!r}')
         self.monitor, self.min_delta, self.mode = monitor, min_delta, mode or _direction(monitor)
-        if not self.mode: raise ValueError("expected mode='min' (lower is better) or mode='max' (higher is better) "
-                                           f'with monitor {monitor!r}, whose name does not say which, got None')
+        if self.mode is None:
+            raise ValueError("expected mode='min' (lower is better) or mode='max' (higher is better) "
+                             f'with monitor {monitor!r}, whose name does not say which, got None')
 
     def before_fit(self, learn): self.best = -math.inf
 
     def improved(self, learn) -> bool: # never for a result that is nan or infinite
         "Whether the result is better than all before; the next one must be better than this."
-        if self.monitor not in learn.results: raise ValueError(f'expected monitor in {[*learn.results]}, got {self.monitor!r}')
+        if self.monitor not in learn.results:
+            raise ValueError(f'expected monitor in {[*learn.results]}, got {self.monitor!r}')
         value = learn.results[self.monitor]*(1 if self.mode == 'max' else -1)
         if not math.isfinite(value) or not value > self.best + self.min_delta: return False
         self.best = value
@@ -493,10 +514,11 @@ class _FolderLock:
     def __reduce__(self): return _FolderLock, (self.folder,)  # a copy has no lock
 
     def take(self):
-        "Raises `CheckpointError` if the folder is taken; returns an `OSError` if nothing can be written there."
+        "Raises `CheckpointError` if it is taken; returns an `OSError` if nothing can be written there."
         if _is_helper(): return None
         try: self.open()
-        except OSError as e: return OSError(e.errno, f'{e.strerror or e}; nothing was written', str(self.folder))
+        except OSError as e:
+            return OSError(e.errno, f'{e.strerror or e}; nothing was written', str(self.folder))
         _locks.add(self)
 
     def open(self):
@@ -509,14 +531,16 @@ class _FolderLock:
                 if os.path.samestat(os.fstat(file.fileno()), (self.folder/'.lock').stat()): break
             file.close()  # another process has just given it back
         file.truncate(0)
-        file.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}'.encode())
+        since = time.strftime('%Y-%m-%d %H:%M:%S')
+        file.write(f'process {os.getpid()} on {socket.gethostname()}, since {since}'.encode())
         self.file, self.made = file, made
 
     def refuse(self, file):
         with file:
             file.seek(0)
             owner = file.read().decode(errors='replace') or 'one that has just begun'
-        raise CheckpointError(f'{self.folder}: expected a folder in which nobody else trains, found another process at work: {owner}')
+        raise CheckpointError(f'{self.folder}: expected a folder in which nobody else trains, '
+                              f'found another process at work: {owner}')
 
 # %% ../nbs/13_checkpoints.ipynb #130095
 @patch
@@ -537,7 +561,8 @@ def forget(self:_FolderLock):
 
 _locks = weakref.WeakSet()
 
-def _forget_locks():  # a child of `os.fork`, such as a DataLoader's worker, must not hold a lock longer than its parent lives
+def _forget_locks():
+    "In a child of `os.fork`, such as a loader's worker, which must not hold a lock after its parent's death."
     for lock in [*_locks]: lock.forget()
 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forget_locks)
@@ -549,30 +574,33 @@ def _is_helper():
 
 # %% ../nbs/13_checkpoints.ipynb #130050
 class Checkpoint(Monitor):
-    "Saves a fit to `folder` after each epoch, and on Ctrl-C or SIGTERM; goes on with one that was interrupted, bit for bit."
+    "Saves a fit to `folder` after each epoch, and on Ctrl-C or SIGTERM; goes on with one bit for bit."
     order, saved = 100, ('best', 'best_name')
     def __init__(self,
                  folder, # for the files, `epochEEEE-batchBBBBBB.pt`: so many epochs and batches are done
                  every:int=None, # training batches from one to the next within an epoch, too; None: none
                  keep:int=3, # how many of the last stay, at least 1; the best stays as well
-                 monitor:str='valid_loss', # a name in `learn.results`, to tell the best; None: only the last ones
+                 monitor:str='valid_loss', # a name in `learn.results`, to tell the best; None: no best one
                  resume:bool=False, # go on with the newest good one; without one, begin
                  mode:str=None): # 'min', 'max' or None, as in `Monitor`
         if monitor: super().__init__(monitor, mode=mode)
         _check_whole('keep', keep, 1)
         if every is not None: _check_whole('every', every, 1)
-        if not isinstance(resume, (bool, np.bool_)): raise ValueError(f'expected resume to be True or False, got {resume!r}')
-        self.folder, self.every, self.keep, self.monitor, self.resume = Path(folder).expanduser(), every, keep, monitor, resume
+        if not isinstance(resume, (bool, np.bool_)):
+            raise ValueError(f'expected resume to be True or False, got {resume!r}')
+        self.folder, self.every, self.keep = Path(folder).expanduser(), every, keep
+        self.monitor, self.resume = monitor, resume
         self.signals, self.lock = _Signals(), _FolderLock(self.folder)
 
     def before_fit(self, learn):
         super().before_fit(learn)
         self.state, self.best_name, self.dls, self.planned = None, '', learn.dls, learn.n_epochs
         self.lrs, self.checked = [float(g['lr']) for g in learn.opt.param_groups], False
-        self.signals, self.lock = _Signals(), _FolderLock(self.folder)  # of this fit, should it be within another
+        self.signals, self.lock = _Signals(), _FolderLock(self.folder)  # new ones, for a fit within a fit
         problem = self.lock.take()
         path = last_checkpoint(self.folder)
-        if path and not self.resume: raise FileExistsError(f'expected an empty folder or resume=True, found {path}')
+        if path and not self.resume:
+            raise FileExistsError(f'expected an empty folder or resume=True, found {path}')
         if path: self._go_on(learn, read_checkpoint(path), path)
         if problem and learn.epoch < learn.n_epochs: raise problem
         for name, m in _parts(learn).items(): _check_readable({name: dict(_state(m))}, self.folder)
@@ -589,7 +617,7 @@ class Checkpoint(Monitor):
         if not learn.training: return
         done, asked = learn.iter + 1, self.signals.asked
         due = asked or self.every and done - self.last >= self.every
-        if due and learn.loss.isfinite(): self._save(learn, learn.epoch, done)  # from nan nobody wants to go on
+        if due and learn.loss.isfinite(): self._save(learn, learn.epoch, done)  # nobody goes on from nan
         if asked: self.signals.release()
 
     def after_epoch(self, learn):
@@ -622,21 +650,26 @@ def _n_batches(dl):
 
 def last_checkpoint(folder, # of a `Checkpoint`
                    ) -> Path: # or None, if there is none
-    "The newest good checkpoint in a folder; warns of those that it passes over, and raises `CheckpointError` if none is good."
+    "The newest good checkpoint in a folder; warns of bad ones, and raises `CheckpointError` if all are bad."
     paths = _checkpoints(Path(folder).expanduser())
     for path in paths[::-1]:
         fault = _fault_of(path)
         if not fault: return path
         warnings.warn(f'{path}: {fault}; trying an older one')
-    if paths: raise CheckpointError(f'{folder}: expected a good checkpoint, found {len(paths)}, all of them damaged')
+    if not paths: return None
+    raise CheckpointError(f'{folder}: expected a good checkpoint, found {len(paths)}, all of them damaged')
 
 # %% ../nbs/13_checkpoints.ipynb #130052
 @patch
 def _go_on(self:Checkpoint, learn, state, path):
     where = state.get('fit')
-    if not where: raise CheckpointError(f'{path}: expected a checkpoint of a fit, found one from between two: see load_checkpoint')
+    if not where:
+        raise CheckpointError(f'{path}: expected a checkpoint of a fit, found one from between two: '
+                              'see load_checkpoint')
     now, then = (self.lrs, _n_batches(learn.dls[0])), (where['lrs'], where['n_iter'])
-    if now != then: raise CheckpointError(f'{path}: expected learning rates and batches an epoch {now}, as in this fit, found {then}')
+    if now != then:
+        raise CheckpointError(f'{path}: expected learning rates and batches an epoch {now}, as in this fit, '
+                              f'found {then}')
     with _all_or_nothing(learn, path):
         _restore(learn, state, path)
         if not where['iter']: _load_states(learn, state)
@@ -658,7 +691,8 @@ def _load_states(learn, state):
         if found:
             left.remove(found)
             cb.load_state_dict(to_device(found[1], device))
-    if left: warnings.warn(f'the checkpoint has the state of {[name for name, _ in left]}, which this fit is without')
+    left = [name for name, _ in left]
+    if left: warnings.warn(f'the checkpoint has the state of {left}, which this fit is without')
 
 # %% ../nbs/13_checkpoints.ipynb #130096
 def _to_json(value):
@@ -684,7 +718,8 @@ def _from_json(value):
 def _pack(tensors, header):
     "The bytes of a safetensors file."
     from safetensors.torch import save
-    return save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata=header or None)
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    return save(tensors, metadata=header or None)
 
 def _unpack_weights(data):
     "Tensors and header of a safetensors file."
@@ -694,22 +729,24 @@ def _unpack_weights(data):
 
 # %% ../nbs/13_checkpoints.ipynb #130097
 def _values(parts):
-    "All that is in modules by plain names, those of the loss function after `loss_func.`; and of those the tensors alone."
-    pairs = [(('' if part == 'model' else f'{part}.') + k, v) for part, m in parts.items() for k, v in _state(m).items()]
-    return dict(pairs), {k: v for k, v in pairs if isinstance(v, Tensor)}
+    "All that is in modules by plain names, a loss function's after `loss_func.`; and the tensors alone."
+    values = {}
+    for part, m in parts.items():
+        values |= {k if part == 'model' else f'{part}.{k}': v for k, v in _state(m).items()}
+    return values, {k: v for k, v in values.items() if isinstance(v, Tensor)}
 
 def _check_values(parts, path):
-    "The header of a file of weights; raises `CheckpointError`, naming the key, for what such a file can't hold."
+    "The header of a file of weights; raises `CheckpointError` with the key for what such a file can't hold."
     values, tensors = _values(parts)
     header, extra = {'format': 'pt'}, {}
     for name, v in values.items():
         try:
             if name not in tensors: extra[name] = _to_json(v)
-            elif not nn.parameter.is_lazy(v): _pack({'': v.new_empty(0)}, {})  # raises for a kind that the format is without
-            if name in tensors and v.layout is not torch.strided: raise TypeError(f'a {v.layout}')
+            elif v.layout is not torch.strided: raise TypeError(f'a {v.layout} tensor')
+            elif not nn.parameter.is_lazy(v): _pack({'': v.new_empty(0)}, {})  # raises for unknown types
         except Exception as e:
-            raise CheckpointError(f'{path}: expected tensors, and extra state of numbers, strings, lists, dicts and tensors, '
-                                  f'found {e} in {name}') from None
+            raise CheckpointError(f'{path}: expected tensors, and extra state of numbers, strings, lists, '
+                                  f'dicts and tensors, found {e} in {name}') from None
     if extra: header['exp_extra_state'] = json.dumps(extra)
     if len(parts) > 1: header['exp_parts'] = json.dumps([*parts][1:])
     return header
@@ -722,12 +759,12 @@ def _save_parts(parts, path):
 # %% ../nbs/13_checkpoints.ipynb #130068
 def save_weights(model, # nn.Module
                  path): # file to write, `.safetensors`; an old one stays until the new one is complete
-    "Write weights, buffers and extra state in the safetensors format; raises `CheckpointError` for what that can't hold."
+    "Write weights, buffers, extra state as safetensors; raises `CheckpointError` for what that can't hold."
     _save_parts({'model': model}, path)
 
 def load_weights(model, # nn.Module with the same names and shapes
-                 path): # file from `save_weights`, another in the safetensors format, or a state_dict from `torch.save`
-    "Take over weights, buffers and extra state; raises `CheckpointError` for a damaged file or another model's."
+                 path): # file from `save_weights`, other safetensors, or a state_dict from `torch.save`
+    "Take over weights, buffers, extra state; raises `CheckpointError` for a damaged file or another model's."
     _load_parts({'model': model}, {'model': _read_parts(path)['model']}, path)
 
 def _load_parts(parts, found, path):
@@ -738,37 +775,45 @@ def _read_parts(path):
     "What a file of weights holds, name of the part -> state."
     from safetensors import SafetensorError
     data = Path(path).expanduser().read_bytes()
-    if data[:4] in (b'PK\x03\x04', b'\x80\x02\x8a\x0a'): return _read_state_dict(data, path)  # torch.save, new and old
+    if data[:4] in (b'PK\x03\x04', b'\x80\x02\x8a\x0a'): return _read_state_dict(data, path)  # of torch.save
     try:
         values, header = _unpack_weights(data)
         values |= {k: _from_json(v) for k, v in json.loads(header.get('exp_extra_state', '{}')).items()}
         parts = ['model', *json.loads(header.get('exp_parts', '[]'))]
-    except SafetensorError as e: raise CheckpointError(f'{path}: expected a safetensors file, found none: {e}') from None
-    except Exception as e: raise CheckpointError(f'{path}: expected a header as save_weights writes it, found another: {e}') from None
-    of = {k: next((p for p in parts[1:] if k.startswith(f'{p}.')), 'model') for k in values}
-    return {p: {k if p == 'model' else k[len(p) + 1:]: v for k, v in values.items() if of[k] == p} for p in parts}
+    except SafetensorError as e:
+        raise CheckpointError(f'{path}: expected a safetensors file, found none: {e}') from None
+    except Exception as e:
+        raise CheckpointError(f'{path}: expected a header of save_weights, found another: {e}') from None
+    found = {part: {} for part in parts}
+    for k, v in values.items():
+        part = next((p for p in parts[1:] if k.startswith(f'{p}.')), 'model')
+        found[part][k if part == 'model' else k[len(part) + 1:]] = v
+    return found
 
 def _read_state_dict(data, path):
     try: state = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
-    except Exception: raise CheckpointError(f'{path}: expected tensors by name, as torch.save(model.state_dict()) writes them, '
-                                            'found a damaged file, or something else, which was not run') from None
-    if isinstance(state, dict) and state.get('format') == FORMAT: return {'model': state['model'], **state.get('modules', {})}
-    if isinstance(state, dict) and any(isinstance(v, Tensor) for v in state.values()): return {'model': state}
+    except Exception:
+        raise CheckpointError(f'{path}: expected tensors by name, as in torch.save(model.state_dict(), path), '
+                              'found a damaged file, or something else, which was not run') from None
+    if isinstance(state, dict):
+        if state.get('format') == FORMAT: return {'model': state['model'], **state.get('modules', {})}
+        if any(isinstance(v, Tensor) for v in state.values()): return {'model': state}
     found = f'a dict with {[*state][:9]}' if isinstance(state, dict) else f'a {type(state).__name__}'
-    raise CheckpointError(f'{path}: expected tensors by name, found {found}: take out the weights and use model.load_state_dict')
+    raise CheckpointError(f'{path}: expected tensors by name, found {found}: '
+                          'take the weights out, for model.load_state_dict')
 
 # %% ../nbs/13_checkpoints.ipynb #130099
 @patch
 def save(self:Learner,
          path): # file to write; one that ends in `.safetensors` gets the weights, any other a checkpoint
-    "Write the weights, or all of a training between two fits: weights, optimizer, random states, results, record."
+    "Write the weights, or all of a training: weights, optimizer, random states, results, record."
     if _is_weights(path): _save_parts(_parts(self), path)
     else: save_checkpoint(self, path)
 
 @patch
 def load(self:Learner,
          path) -> Learner: # file from `save`; returns the Learner itself
-    "Take over what was saved; raises `CheckpointError` for a damaged file or one of another Learner, and changes nothing."
+    "Take over what was saved; after a `CheckpointError`, for a file that doesn't fit, nothing is changed."
     if _is_weights(path): _load_parts(_parts(self), _read_parts(path), path)
     else: load_checkpoint(self, path)
     return self
@@ -777,10 +822,10 @@ def _is_weights(path): return Path(path).suffix.lower() == '.safetensors'
 
 # %% ../nbs/13_checkpoints.ipynb #130073
 class SaveBest(Monitor):
-    "Saves the weights of the best epoch, and puts them into the model after the fit, also after one that `CancelFit` ended."
+    "Saves the weights of the best epoch, and puts them into the model after the fit, also after `CancelFit`."
     order = 20
     def __init__(self,
-                 path, # file to write, `.safetensors`; weights of a loss function stand there after `loss_func.`
+                 path, # file to write, `.safetensors`; a loss function's weights are there after `loss_func.`
                  monitor:str='valid_loss', # as in `Monitor`
                  min_delta:float=0., # as in `Monitor`
                  mode:str=None): # as in `Monitor`
@@ -789,7 +834,8 @@ class SaveBest(Monitor):
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        if self.path.is_dir(): raise IsADirectoryError(errno.EISDIR, 'expected a file to write, found a folder', str(self.path))
+        if self.path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, 'expected a file to write, found a folder', str(self.path))
         _check_values(_parts(learn), self.path)
 
     def after_epoch(self, learn):
@@ -799,12 +845,12 @@ class SaveBest(Monitor):
         if self.best > -math.inf: _load_parts(_parts(learn), _read_parts(self.path), self.path)
 
     def cleanup_fit(self, learn):
-        if not learn.failed: self.after_fit(learn)  # once more: an average may have come in between, or no after_fit
+        if not learn.failed: self.after_fit(learn)  # CancelFit skips it, and an average may be there
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
         if self.best == -math.inf or self.path.is_file(): return
-        warnings.warn(f'{self.path}: expected the best weights so far, found none; the best of the epochs to come are kept')
+        warnings.warn(f'{self.path}: expected the best weights so far, found none; looking for new ones')
         self.best = -math.inf
 
 class EarlyStopping(Monitor):

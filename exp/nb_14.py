@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'OPTIMIZERS', 'SCHEDULES', 'RUN_FORMAT', 'Settings', 'make_
            'load_run', 'read_metrics', 'list_runs', 'compare_runs', 'plot_runs', 'exp_runs']
 
 # %% ../nbs/14_experiments.ipynb #140004
-import argparse, csv, errno, json, math, numbers, os, platform, re, shlex, sys, time
+import argparse, csv, errno, json, math, numbers, os, platform, shlex, sys, time
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import InitVar, asdict, dataclass, field, fields
 from functools import partial
@@ -68,17 +68,22 @@ class Settings:
         if here: _check_here(self)
         if self.lr is None: self.lr = OPTIMIZERS[self.opt][1] if self.opt in OPTIMIZERS else None
         if self.name is None: self.name = f'{self.dataset}-{self.model}-{self.opt}'
-        for key, least, most in (('epochs', 1, math.inf), ('bs', 1, 50_000), ('hidden', 1, math.inf), ('seed', 0, 2**32 - 1)):
-            limits = f'at least {least}' + f' and at most {most}'*(most < math.inf)
-            if not least <= getattr(self, key) <= most: raise ValueError(f'expected --{key} of {limits}, got {getattr(self, key)}')
-        if self.lr is not None and not 0 < self.lr < math.inf: raise ValueError(f'expected --lr above 0, got {self.lr}')
+        for key, least, most in _LIMITS:
+            value, upper = getattr(self, key), f' and at most {most}' if most < math.inf else ''
+            if not least <= value <= most:
+                raise ValueError(f'expected --{key} of at least {least}{upper}, got {value}')
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f'expected --lr above 0, got {self.lr}')
         if here: _check_name(self.name)
+
+_LIMITS = ('epochs', 1, math.inf), ('bs', 1, 50_000), ('hidden', 1, math.inf), ('seed', 0, 2**32 - 1)
 
 def _checked(f, value):
     "A setting in the type of its field."
     if value is None and f.default is None: return None
-    kind, words = {int: (numbers.Integral, 'a whole number'), float: (numbers.Real, 'a number'), bool: (bool, 'True or False'),
-                   str: ((str, Path, torch.device), 'a string')}[f.type]
+    kinds = {int: (numbers.Integral, 'a whole number'), float: (numbers.Real, 'a number'),
+             bool: (bool, 'True or False'), str: ((str, Path, torch.device), 'a string')}
+    kind, words = kinds[f.type]
     if not isinstance(value, kind) or f.type is not bool and isinstance(value, (bool, np.bool_)):
         raise ValueError(f'expected --{f.name} to be {words}, got {value!r}')
     return f.type(value)
@@ -86,7 +91,8 @@ def _checked(f, value):
 # %% ../nbs/14_experiments.ipynb #140059
 def _check_name(name):
     "Raise `ValueError` unless every system can have a folder of that name."
-    if not name or Path(name).name != name: raise ValueError(f'expected --name without a folder, got {name!r}')
+    if not name or Path(name).name != name:
+        raise ValueError(f'expected --name without a folder, got {name!r}')
     odd = sorted({c for c in name if c in '<>:"/\\|?*' or ord(c) < 32})
     if odd: raise ValueError(f'expected --name without {odd}, which not every system allows, got {name!r}')
     if name[-1] in ' .': raise ValueError(f'expected --name that does not end in {name[-1]!r}, got {name!r}')
@@ -99,7 +105,8 @@ def _check_here(settings):
     _device(settings.device)
 
 def _check_choices(settings):
-    for key, allowed in dict(model=MODELS, opt=OPTIMIZERS, sched=SCHEDULES, dataset=['mnist', *MIRRORS]).items():
+    choices = dict(model=MODELS, opt=OPTIMIZERS, sched=SCHEDULES, dataset=['mnist', *MIRRORS])
+    for key, allowed in choices.items():
         value = getattr(settings, key)
         if value not in allowed: raise ValueError(f'expected --{key} in {[*allowed]}, got {value!r}')
 
@@ -134,14 +141,14 @@ def _new_folder(name, parent):
             if not folder.parent.is_dir(): raise
             continue
         return folder
-    raise FileExistsError(errno.EEXIST, 'expected fewer than 1000 runs of one name in one second', str(folder))
+    raise FileExistsError(errno.EEXIST, 'expected fewer than 1000 runs in one second', str(folder))
 
 def _write_json(value, path):
     with atomic_write(path) as file: file.write((json.dumps(value, indent=1) + '\n').encode())
 
 def _versions():
-    return dict(exp=exp.__version__, torch=str(torch.__version__), python=platform.python_version(), system=platform.system(),
-                machine=platform.machine())
+    return dict(exp=exp.__version__, torch=str(torch.__version__), python=platform.python_version(),
+                system=platform.system(), machine=platform.machine())
 
 # %% ../nbs/14_experiments.ipynb #140021
 class _Log(Progress):
@@ -161,9 +168,10 @@ class _Log(Progress):
     def tried(self, write, *args):
         "Whether it could not be written."
         try: write(*args)
-        except OSError as e: _complain(f'{args[-1]}: {e.strerror or e}; the training goes on, and it will be tried again')
-        else: return False
-        return True
+        except OSError as e:
+            _complain(f'{args[-1]}: {e.strerror or e}; the training goes on, and it will be tried again')
+            return True
+        return False
 
     def after_epoch(self, learn):
         super().after_epoch(learn)
@@ -240,9 +248,11 @@ def exp_train(resume:str=None, # a run to go on with: its folder, or its name in
               out:str='runs', # where the folders of runs are
               **settings) -> Path: # fields of `Settings`; returns the folder
     "Train, and keep everything in a folder of its own; raises `ValueError` for wrong options. Ctrl-C saves."
-    if resume and settings: raise ValueError(f'expected no settings with --resume, since a run keeps its own; got {[*settings]}')
-    unknown = [*settings.keys() - {f.name for f in fields(Settings)}]
-    if unknown: raise ValueError(f'expected settings in {[f.name for f in fields(Settings)]}, got {unknown}')
+    if resume and settings:
+        raise ValueError(f'expected no settings with --resume, since a run keeps its own; got {[*settings]}')
+    known = [f.name for f in fields(Settings)]
+    unknown = [name for name in settings if name not in known]
+    if unknown: raise ValueError(f'expected settings in {known}, got {unknown}')
     folder = resume and _find_run(resume, out)
     config = read_settings(folder) if resume else Settings(**settings)
     if resume: _check_here(config)
@@ -250,7 +260,8 @@ def exp_train(resume:str=None, # a run to go on with: its folder, or its name in
         learn = make_learner(config)
         if not resume:
             folder = _new_folder(config.name, out)
-            _write_json(dict(format=RUN_FORMAT, settings=asdict(config), versions=_versions()), folder/'config.json')
+            about = dict(format=RUN_FORMAT, settings=asdict(config), versions=_versions())
+            _write_json(about, folder/'config.json')
         _train(learn, config, folder)
     return folder
 
@@ -266,7 +277,8 @@ def _train(learn, config, folder):
     log = _Log(folder)
     learn.cbs = [log if isinstance(cb, Progress) else cb for cb in learn.cbs]
     cbs = [Scheduler(lr=SCHEDULES[config.sched](config.lr)), SaveBest(folder/'model.safetensors', 'accuracy'),
-           Checkpoint(folder/'checkpoint', keep=2, monitor=None, resume=True)] + ([_TensorBoard(folder)] if config.tensorboard else [])
+           Checkpoint(folder/'checkpoint', keep=2, monitor=None, resume=True)]
+    if config.tensorboard: cbs.append(_TensorBoard(folder))
     try: learn.fit(config.epochs, cbs=cbs)
     except KeyboardInterrupt:
         log.say(f'interrupted; to go on: exp_train --resume {shlex.quote(str(folder))}')
@@ -288,28 +300,36 @@ def _find_run(run, out):
     folder = next((f for f in places if (f/'config.json').is_file()), None)
     if folder: return folder
     empty = next((f for f in places if f.is_dir() and f.name), None)
-    if empty: raise ValueError(f'{empty}: expected a run, found a folder without config.json: a run that had only just begun?')
-    raise ValueError(f'expected a run, got {str(run)!r}; there are {[f.name for f in _run_folders(out)]} in {out}')
+    if empty:
+        raise ValueError(f'{empty}: expected a run, found a folder without config.json: just begun?')
+    names = [f.name for f in _run_folders(out)]
+    raise ValueError(f'expected a run, got {str(run)!r}; there are {names} in {out}')
 
-def _run_folders(out): return sorted(p.parent for p in Path(out).expanduser().glob('*/config.json'))  # oldest first
+def _run_folders(out): # oldest first
+    return sorted(p.parent for p in Path(out).expanduser().glob('*/config.json'))
 
 def _read_json(path):
     try: value = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise ValueError(f'{path}: expected JSON, found something else, or a part: {e}') from None
-    if not isinstance(value, dict): raise ValueError(f'{path}: expected an object with names, found a {type(value).__name__}')
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path}: expected JSON, found something else, or a part: {e}') from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{path}: expected an object with names, found a {type(value).__name__}')
     return value
 
 def read_settings(folder) -> Settings: # of a run
-    "What a run was started with, also elsewhere; raises `ValueError` for a file that is cut, foreign or newer than this."
+    "What a run was started with, also elsewhere; raises `ValueError` for a cut, foreign or newer file."
     path = Path(folder).expanduser()/'config.json'
     config, known = _read_json(path), [f.name for f in fields(Settings)]
     if config.get('format', RUN_FORMAT) != RUN_FORMAT:
-        raise ValueError(f'{path}: expected format {RUN_FORMAT!r}, found {config["format"]!r}: made by a newer version?')
+        found = config['format']
+        raise ValueError(f'{path}: expected format {RUN_FORMAT!r}, found {found!r}: made by a newer version?')
     settings = config.get('settings')
     if not isinstance(settings, dict) or not {'epochs', 'model', 'opt', 'sched', 'lr'} <= settings.keys():
         raise ValueError(f'{path}: expected the settings of a run, found none: made by another program?')
     unknown = [k for k in settings if k not in known]
-    if unknown: raise ValueError(f'{path}: expected settings in {known}, found {unknown} as well: made by a newer version?')
+    if unknown:
+        raise ValueError(f'{path}: expected settings in {known}, found {unknown} as well: '
+                         'made by a newer version?')
     try: return Settings(**settings, here=False)
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
 
@@ -321,7 +341,8 @@ def load_run(run, # folder of a run, or its name in `out`
     "A Learner as the run made it, trained, perhaps on another machine."
     folder = _find_run(run, out)
     settings, weights = read_settings(folder), folder/'model.safetensors'
-    if not weights.is_file(): raise ValueError(f'{weights}: expected the weights of the best epoch, found none: has an epoch ended?')
+    if not weights.is_file():
+        raise ValueError(f'{weights}: expected the weights of the best epoch, found none: no epoch yet?')
     settings.device = _device_there(settings.device) if device is None else str(device)
     learn = make_learner(settings)
     load_weights(learn.model, weights)
@@ -335,7 +356,7 @@ def _device_there(name):
 # %% ../nbs/14_experiments.ipynb #140039
 def read_metrics(folder # of a run
                 ) -> list: # one dict an epoch, name -> number
-    "What `metrics.csv` holds; nothing for a run that has not ended an epoch; raises `ValueError` for a damaged file."
+    "What `metrics.csv` holds, nothing before the first epoch ends; raises `ValueError` for a damaged file."
     path = Path(folder).expanduser()/'metrics.csv'
     if not path.exists(): return []
     try:
@@ -348,7 +369,7 @@ def read_metrics(folder # of a run
 # %% ../nbs/14_experiments.ipynb #140044
 def list_runs(out:str='runs', # where the folders of runs are
              ) -> list: # one dict a run, oldest first: run, settings, results
-    "What each run was, and what came out. What can't be read is named on the screen for errors, and hides nothing else."
+    "What each run was, and what came out; what can't be read is named on stderr, and hides nothing else."
     rows = []
     for folder in _run_folders(out):
         with _told(folder): rows.append(_summary(folder, _told))
@@ -369,19 +390,21 @@ def _summary(folder, careful=lambda folder: nullcontext()):
     with careful(folder): results = _read_results(folder)
     valid = [row['accuracy'] for row in rows if math.isfinite(row.get('accuracy', math.nan))]
     return dict(run=folder.name, model=settings.model, opt=settings.opt, sched=settings.sched, lr=settings.lr,
-                epochs=f'{len(rows)}/{settings.epochs}', valid=max(valid, default=None), test=results.get('test_accuracy'),
-                seconds=results.get('seconds'))
+                epochs=f'{len(rows)}/{settings.epochs}', valid=max(valid, default=None),
+                test=results.get('test_accuracy'), seconds=results.get('seconds'))
 
 def _read_results(folder):
     path = folder/'results.json'
     results = _read_json(path) if path.exists() else {}
-    odd = {k: v for k, v in results.items() if k in ('test_accuracy', 'seconds') and (isinstance(v, bool) or not isinstance(v, (int, float)))}
+    known = {k: v for k, v in results.items() if k in ('test_accuracy', 'seconds')}
+    odd = {k: v for k, v in known.items() if isinstance(v, bool) or not isinstance(v, (int, float))}
     if odd: raise ValueError(f'{path}: expected numbers, found {odd}')
     return results
 
 def _print_table(rows):
     "Rows, dicts of the same keys, under a heading; nothing for None."
-    cells = [[*rows[0]]] + [['' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    def text(v): return '' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v)
+    cells = [[*rows[0]]] + [[*map(text, row.values())] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells: say('  '.join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip())
 
@@ -391,9 +414,10 @@ def compare_runs(a, b, # folders of runs, or their names in `out`
                 ) -> list: # one dict a difference: what, and its value in each
     "Settings and results in which two runs differ."
     folders = [_find_run(run, out) for run in (a, b)]
-    both = [asdict(read_settings(f)) | {k: v for k, v in _summary(f).items() if k in ('valid', 'test', 'seconds')} for f in folders]
-    names = [f.name for f in folders] if folders[0].name != folders[1].name else [*map(str, folders)]
-    return [{'': k, **{name: of[k] for name, of in zip(names, both)}} for k in both[0] if both[0][k] != both[1][k]]
+    results = [{k: _summary(f)[k] for k in ('valid', 'test', 'seconds')} for f in folders]
+    both = [asdict(read_settings(f)) | r for f, r in zip(folders, results)]
+    one, other = (f.name for f in folders) if folders[0].name != folders[1].name else map(str, folders)
+    return [{'': k, one: both[0][k], other: both[1][k]} for k in both[0] if both[0][k] != both[1][k]]
 
 def plot_runs(*runs, # folders of runs, or their names in `out`; at least one
               out:str='runs'): # where the folders of runs are
@@ -403,7 +427,8 @@ def plot_runs(*runs, # folders of runs, or their names in `out`; at least one
     epochs = [_epochs_of(folder) for folder in folders]
     fig, axs = _figure(1, 2, figsize=(10, 3.2))
     for ax, key, label in zip(axs, ('valid_loss', 'accuracy'), ('validation loss', 'validation accuracy')):
-        for folder, rows in zip(folders, epochs): _plot_epochs(ax, rows, key, ms=3, label=folder.name.replace('$', r'\$'))
+        for folder, rows in zip(folders, epochs):
+            _plot_epochs(ax, rows, key, ms=3, label=folder.name.replace('$', r'\$'))  # no formula
         ax.set(ylabel=label, title=f'{label.capitalize()}, run by run')
     axs[1].legend(fontsize=7)
     return fig
@@ -417,8 +442,8 @@ def _epochs_of(folder):
 # %% ../nbs/14_experiments.ipynb #140052
 def _exp_train_command(argv=None):
     "`exp_train` for the shell; `argv` instead of the command line's options, for tests."
-    parser = argparse.ArgumentParser('exp_train', description='Train on digits; everything goes into a folder runs/TIME-NAME.',
-                                     argument_default=argparse.SUPPRESS)
+    about = 'Train on digits; everything goes into a folder runs/TIME-NAME.'
+    parser = argparse.ArgumentParser('exp_train', description=about, argument_default=argparse.SUPPRESS)
     parser.add_argument('--resume', metavar='RUN', help='go on with a run that was interrupted')
     parser.add_argument('--out', help='where the folders of runs are (default: runs)')
     for f in fields(Settings):

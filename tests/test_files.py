@@ -1,5 +1,5 @@
 "Files in other people's hands: wrapped models, extra state, losses with weights, several processes, names of results."
-import errno, json, os, signal, socket, subprocess, sys, time
+import os, signal, socket, subprocess, sys, time
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,9 @@ from exp.nb_03 import accuracy
 from exp.nb_04 import DataLoader, Dataset
 from exp.nb_10 import Callback, CancelFit, Learner
 from exp.nb_11 import get_rng_state
-from exp.nb_12 import EMA, SGD, AdamW
+from exp.nb_12 import EMA, AdamW
 from exp.nb_13 import (Checkpoint, CheckpointError, EarlyStopping, Monitor, SaveBest, _checkpoints, atomic_write, last_checkpoint,
-                       load_checkpoint, load_weights, read_checkpoint, save_checkpoint, save_weights)
+                       load_checkpoint, load_weights, read_checkpoint, save_weights)
 
 ROOT = Path(__file__).parent.parent
 

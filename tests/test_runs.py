@@ -1,5 +1,5 @@
 "Folders of runs as they are after a year: odd runs among good ones, runs from other machines, full disks, readers that have gone."
-import csv, json, os, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
@@ -8,8 +8,7 @@ import torch
 from exp import nb_14
 from exp.nb_01 import get_data
 from exp.nb_10 import Recorder
-from exp.nb_14 import (MODELS, Settings, compare_runs, exp_runs, exp_train, list_runs, load_run, make_learner, plot_runs, read_metrics,
-                       read_settings)
+from exp.nb_14 import (MODELS, Settings, compare_runs, exp_runs, exp_train, list_runs, load_run, plot_runs, read_metrics, read_settings)
 
 FEW = [t[:n] for t, n in zip(get_data(), (640, 640, 500, 500))]
 
@@ -217,7 +216,7 @@ def test_settings_of_related_kinds_are_taken(small):
 # Two processes, full disks, screens
 
 HOLDER = '''
-import sys
+import sys, time
 sys.path.insert(0, sys.argv[1])
 from test_runs import *
 nb_14.get_data, nb_14.get_test_data = (lambda *a: FEW), (lambda *a: FEW[2:])
