@@ -7,49 +7,93 @@ __all__ = ['FORMAT', 'atomic_write', 'CheckpointError', 'read_checkpoint', 'save
            'Checkpoint', 'last_checkpoint', 'save_weights', 'load_weights', 'SaveBest', 'EarlyStopping']
 
 # %% ../nbs/13_checkpoints.ipynb #130004
-import hashlib, io, math, os, pickle, platform, signal, struct, threading, warnings
-from contextlib import contextmanager
+import base64, copy, errno, hashlib, io, json, math, numbers, os, pickle, platform, re, secrets, signal
+import socket, struct, threading, time, warnings, weakref
+from collections import OrderedDict
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from torch import Tensor, nn
 import exp
-from .nb_10 import Callback, Learner, Recorder, _length, to_device
+from .nb_10 import Callback, Learner, Recorder, to_device
 from .nb_11 import get_rng_state, set_rng_state
 
 # %% ../nbs/13_checkpoints.ipynb #130023
 def _sync(folder):
-    "Wait until the names in a folder are on the disk."
+    "Wait until the names in a folder are on the disk, where one can wait for that."
     if os.name == 'nt': return  # folders can't be opened there
     number = os.open(folder, os.O_RDONLY)
     try: os.fsync(number)
+    except OSError: pass  # not every file system can
     finally: os.close(number)
+
+def _lock(file):
+    "Take a file until it is closed: True; False if another process has it; None where there are no locks."
+    try:
+        if os.name == 'nt':
+            import msvcrt
+            file.seek(2**30)  # a byte that nobody reads
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            file.seek(0)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError: return None
+    except OSError as e: return False if e.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK) else None
+    return True
+
+# %% ../nbs/13_checkpoints.ipynb #130084
+def _open_part(path):
+    "A new file beside `path`, under a name that nobody else uses, locked as long as it is being written."
+    while True:
+        file = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part').open('xb')
+        if _lock(file) is not False and Path(file.name).exists(): return file
+        file.close()  # another process took it for a dead one, in the moment before it was locked
+
+def _clear_parts(folder, name):
+    "Remove the parts that nobody is writing of files whose names match `name`: killed processes left them."
+    with suppress(OSError):
+        for part in Path(folder).iterdir():
+            if re.fullmatch(rf'\.{name}(\.[0-9a-f]{{8}})?\.part', part.name): _clear(part)
+
+def _clear(part):
+    with suppress(OSError):
+        if os.name == 'nt': return part.unlink()  # fails as long as a process has it open
+        with part.open('r+b') as file:
+            free = _lock(file)
+            if free is None: free = time.time() - part.stat().st_mtime > 3600
+            if free: part.unlink()
 
 # %% ../nbs/13_checkpoints.ipynb #130024
 @contextmanager
 def atomic_write(path): # file to write; gives a binary file
-    "Write a file that appears under its name when it is complete; until then, and after an error, an older one stays."
-    path = Path(path)
-    part = path.with_name(f'.{path.name}.part')
+    "Write a file that gets its name when it is complete; until then, and after an error, an older one stays."
+    path, part = Path(path).expanduser(), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open('wb') as file:
+        _clear_parts(path.parent, re.escape(path.name))
+        with _open_part(path) as file:
+            part = Path(file.name)
             yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
         _sync(path.parent)
     except OSError as e:
-        raise OSError(e.errno, f'{e.strerror or e}; nothing was written, and an older file is as it was', str(path)) from e
+        text = f'{e.strerror or e}; nothing was written, and an older file is as it was'
+        raise OSError(e.errno, text, str(path)) from e
     finally:
-        try: part.unlink(missing_ok=True)
-        except OSError: pass  # the folder isn't one, or can't be written to
+        with suppress(OSError):  # the folder isn't one, or can't be written to
+            if part: part.unlink(missing_ok=True)
 
 # %% ../nbs/13_checkpoints.ipynb #130031
-class CheckpointError(ValueError): "Not a checkpoint, a damaged one, or one that doesn't fit; the message says what was found."
+class CheckpointError(ValueError): "A file that is no checkpoint, is damaged, or doesn't fit."
 
 def _seal(data):
-    "Add the SHA-256 of a zip archive as its comment (APPNOTE.TXT, 4.3.16: two bytes of length, then the comment)."
+    "Add the SHA-256 of a zip archive as its comment (APPNOTE.TXT, 4.3.16: two bytes of length, comment)."
     data, digest = data[:-2] + struct.pack('<H', 64), hashlib.sha256(data).hexdigest()
     return data + digest.encode()
 
@@ -61,73 +105,291 @@ def _write(state, path):
 def _fault(data):
     "What is wrong with the bytes of a checkpoint; None if nothing is."
     if not data.startswith(b'PK'): return f'expected a checkpoint, found a file that begins with {data[:4]!r}'
-    if data[-66:-64] != struct.pack('<H', 64): return 'expected a checksum at the end, found none: cut short, or no checkpoint'
-    if hashlib.sha256(data[:-66] + b'\0\0').hexdigest().encode() != data[-64:]: return 'damaged: its checksum is not that of its content'
+    if data[-66:-64] != struct.pack('<H', 64):
+        return 'expected a checksum at the end, found none: cut short, or no checkpoint'
+    if hashlib.sha256(data[:-66] + b'\0\0').hexdigest().encode() != data[-64:]:
+        return 'damaged: its checksum is not that of its content'
 
 # %% ../nbs/13_checkpoints.ipynb #130032
+FORMAT = 'exp checkpoint, 1'
+
 def read_checkpoint(path, # file made by `save_checkpoint` or `Checkpoint`
                    ) -> dict: # what it holds, tensors on the CPU
-    "Read and verify; nothing in the file is run. Raises `CheckpointError`, which names the newest good one beside it."
-    path = Path(path)
+    "Read and verify, running nothing; raises `CheckpointError`, which names the newest good one beside it."
+    path = Path(path).expanduser()
     data = path.read_bytes()
     fault = _fault(data)
-    if not fault:
-        try: state = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
-        except pickle.UnpicklingError: fault = 'expected tensors, numbers and strings, found something else, which was not run'
-        else: fault = None if isinstance(state, dict) and state.get('format') == FORMAT else f'expected a dict with format {FORMAT!r}, found another'
+    if not fault: state, fault = _unpack(data)
     if fault:
-        good = next((p for p in _checkpoints(path.parent)[::-1] if p != path and not _fault(p.read_bytes())), None)
+        good = next((p for p in _checkpoints(path.parent)[::-1] if p != path and not _fault_of(p)), None)
         raise CheckpointError(f'{path}: {fault}' + (f'; {good.name} beside it is good' if good else ''))
     return state
 
-FORMAT = 'exp checkpoint, 1'
+def _unpack(data):
+    "What the bytes of a checkpoint hold, and what is wrong with that."
+    try: state = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError:
+        return None, 'expected tensors, numbers and strings, found something else, which was not run'
+    except Exception as e: return None, f'expected an archive of torch.save, found another: {e}'
+    found = state.get('format', 'none') if isinstance(state, dict) else f'a {type(state).__name__}'
+    return state, None if found == FORMAT else f'expected a dict with format {FORMAT!r}, found {found!r}'
 
-def _checkpoints(folder): return sorted(Path(folder).glob('epoch*-batch*.pt'))  # oldest first
+def _fault_of(path):
+    "What is wrong with a file as a checkpoint; None if nothing is."
+    try: return _fault(path.read_bytes())
+    except OSError as e: return f'expected a file that can be read: {e.strerror or e}'
 
-# %% ../nbs/13_checkpoints.ipynb #130037
+def _checkpoints(folder): # oldest first
+    paths = Path(folder).glob('epoch*-batch*.pt')
+    found = [(re.fullmatch(r'epoch(\d+)-batch(\d+)\.pt', p.name), p) for p in paths]
+    return [p for _, p in sorted((tuple(map(int, match.groups())), p) for match, p in found if match)]
+
+# %% ../nbs/13_checkpoints.ipynb #130085
+_WRAPPERS = {'OptimizedModule': '_orig_mod', 'DataParallel': 'module', 'DistributedDataParallel': 'module'}
+
+def _plain(module):
+    "A function that takes out of a name the words that wrappers within `module` have put into it."
+    wrapped = []  # (what stands before the word, the word)
+    for name, m in module.named_modules(remove_duplicate=False):
+        word = next((_WRAPPERS[c.__name__] for c in type(m).__mro__ if c.__name__ in _WRAPPERS), None)
+        if word in m._modules: wrapped.append((f'{name}.' if name else '', f'{word}.'))
+    def plain(name):
+        for before, word in wrapped[::-1]:  # the innermost first
+            if name.startswith(before + word): name = before + name[len(before + word):]
+        return name
+    return plain
+
+def _state(module):
+    "The `state_dict` of a module by plain names."
+    state, plain = module.state_dict(), _plain(module)
+    found = OrderedDict((plain(k), v) for k, v in state.items())
+    versions = getattr(state, '_metadata', {}).items()  # of the modules' classes
+    found._metadata = OrderedDict((plain(f'{k}.')[:-1], v) for k, v in versions)
+    return found
+
+def _parts(learn):
+    "What is trained and has a state, name -> module: the model, and perhaps the loss function."
+    names = {id(learn.model): 'model', id(learn.loss_func): 'loss_func'}
+    named = [(names.get(id(m), f'module{i}'), m) for i, m in enumerate(learn.modules)]
+    return {name: m for name, m in named if name == 'model' or m.state_dict()}
+
+# %% ../nbs/13_checkpoints.ipynb #130086
 def _state_of(learn, dls):
     cbs = learn.running or ([learn.recorder] if hasattr(learn, 'recorder') else [])
-    return dict(format=FORMAT, versions=dict(exp=exp.__version__, torch=str(torch.__version__), numpy=np.__version__, python=platform.python_version()),
-                model=learn.model.state_dict(), opt=learn.opt and dict(name=type(learn.opt).__name__, state=learn.opt.state_dict()),
+    versions = dict(exp=exp.__version__, torch=str(torch.__version__), numpy=np.__version__,
+                    python=platform.python_version())
+    weights, opt = {name: _state(m) for name, m in _parts(learn).items()}, learn.opt
+    if opt: opt = dict(name=type(opt).__name__, state=opt.state_dict(), params=_params_of(learn))
+    return dict(format=FORMAT, versions=versions, model=weights.pop('model'), modules=weights, opt=opt,
                 random=get_rng_state(dls), results=learn.results,
                 cbs=[(type(cb).__name__, state) for cb in cbs if (state := cb.state_dict())])
 
+def _params_of(learn):
+    "Name and shape of each parameter that the optimizer has, group by group."
+    names = {id(p): (name, key) for name, m in _parts(learn).items() for key, p in _named_parameters(m)}
+    groups = [group['params'] for group in learn.opt.param_groups]
+    return [[(*names.get(id(p), ('', '')), _shape(p)) for p in params] for params in groups]
+
+def _named_parameters(module):
+    plain = _plain(module)
+    return [(plain(name), p) for name, p in module.named_parameters()]
+
+def _shape(value): return () if nn.parameter.is_lazy(value) else tuple(value.shape)
+
+# %% ../nbs/13_checkpoints.ipynb #130037
 def save_checkpoint(learn:Learner, # between two fits
                     path): # file to write; an old one stays until the new one is complete
     "Save weights, optimizer, random states, results and record; raises `OSError` if it can't be written."
-    _write(_state_of(learn, learn.dls), path)
+    _save_state(_state_of(learn, learn.dls), path)
+
+def _save_state(state, path):
+    _check_readable(state, path)
+    _write(state, path)
+
+def _check_readable(state, path):
+    "Raise `CheckpointError` for what a file without programs can't hold: better now than when it is read."
+    odd = _odd(state)
+    if odd: raise CheckpointError(f'{path}: expected numbers, strings, tensors, lists, dicts, found {odd}')
+
+_ATOMS = {int, float, bool, str, bytes, type(None), Tensor, nn.Parameter}
+
+def _odd(value, where=''):
+    "Type and place of the first thing in a nest that can't be read back without running it, or ''."
+    kind = type(value)
+    if kind in _ATOMS: return ''
+    if kind in (list, tuple) and set(map(type, value)) <= _ATOMS: return ''
+    if kind in (list, tuple): items = enumerate(value)
+    elif kind in (dict, OrderedDict) and set(map(type, value)) <= _ATOMS: items = value.items()
+    else: return '' if _comes_back(value) else f'a {kind.__name__} in {where or "it"}'
+    return next(filter(None, (_odd(v, f'{where}[{k!r}]') for k, v in items)), '')
+
+def _comes_back(value):
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception: return False
+    return True
+
+# %% ../nbs/13_checkpoints.ipynb #130088
+_NOTHING = object()  # stands where there is no value, since None may be one
+
+def _readings(names):
+    "Names as they are, without a wrapper's word in front of all of them, and without any wrapper's word."
+    names, words = list(names), {*_WRAPPERS.values()}
+    yield names
+    while names and all(n.split('.')[0] in words and '.' in n for n in names):
+        names = [n.partition('.')[2] for n in names]
+        if len({*names}) == len(names): yield names
+    bare = ['.'.join(w for w in n.split('.') if w not in words) for n in names]
+    if len({*bare}) == len(bare): yield bare
+
+def _pairs(own, found):
+    "Each name of two dicts, with the key that stands for it in each, or None; as few as possible alone."
+    best = None
+    for a in _readings(own):
+        for b in _readings(found):
+            ours, theirs = dict(zip(a, own)), dict(zip(b, found))
+            alone = len(ours.keys() ^ theirs.keys())
+            if best is None or alone < best[0]: best = alone, ours, theirs
+    _, ours, theirs = best
+    return [(name, ours.get(name), theirs.get(name)) for name in {**ours, **theirs}]
+
+def _mismatch(name, own, found):
+    "In words, how a value doesn't fit in the other's place; '' if it does."
+    if own is _NOTHING: return f'{name} not at all, found {_form(found)}'
+    if found is _NOTHING: return f'{name} {_form(own)}, found none'
+    if name.endswith('_extra_state') or nn.parameter.is_lazy(own): return ''
+    if _form(own) != _form(found): return f'{name} {_form(own)}, found {_form(found)}'
+    if not isinstance(own, Tensor) or _kind(own) == _kind(found): return ''
+    return f'{name} {_kind(own)}, found {_kind(found)}'
+
+def _form(value):
+    if isinstance(value, Tensor) and nn.parameter.is_lazy(value): return 'without a shape'
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f'a {type(value).__name__}'
+
+def _kind(value):
+    if value.dtype == torch.bool: return 'true or false'
+    return 'complex' if value.is_complex() else 'floating' if value.is_floating_point() else 'whole numbers'
+
+# %% ../nbs/13_checkpoints.ipynb #130089
+def _fitting(parts, found, path):
+    "What to load into each part; raises `CheckpointError` unless names, shapes and kinds of numbers agree."
+    wrong, fitting = [], {}
+    for part in {**parts, **found}:
+        own, theirs = parts[part].state_dict() if part in parts else {}, found.get(part, {})
+        prefix, values = '' if part == 'model' else f'{part}.', OrderedDict()
+        for name, key, other in _pairs(own, theirs):
+            value = theirs.get(other, _NOTHING)
+            wrong.append(_mismatch(prefix + name, own.get(key, _NOTHING), value))
+            if key is not None: values[key] = value
+        values._metadata = _metadata(own, theirs)
+        fitting[part] = values
+    wrong = [*filter(None, wrong)]
+    if wrong:
+        more = '; ...' if len(wrong) > 3 else ''
+        raise CheckpointError(f'{path}: made by another model: expected {"; ".join(wrong[:3])}{more}')
+    return fitting
+
+def _metadata(own, found):
+    "The versions of the modules that wrote `found`, by their names in `own`; None if it has none."
+    if not getattr(found, '_metadata', None): return None
+    def bare(name): return '.'.join(w for w in name.split('.') if w not in _WRAPPERS.values())
+    versions = {bare(k): v for k, v in found._metadata.items()}
+    return OrderedDict((k, versions[bare(k)]) for k in getattr(own, '_metadata', {}) if bare(k) in versions)
+
+def _load_into(parts, fitting):
+    for name, module in parts.items(): module.load_state_dict(fitting[name])
+
+@contextmanager
+def _kept(parts, path):
+    "After an error within, the modules are as they were before, and a `CheckpointError` names the file."
+    states = [(m, m.state_dict()) for m in parts.values()]
+    for _, state in states:
+        state.update({k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()})
+    try: yield
+    except BaseException as e:
+        for m, state in states: m.load_state_dict(state)
+        if isinstance(e, CheckpointError) or not isinstance(e, Exception): raise
+        raise CheckpointError(f'{path}: {e}') from e
 
 # %% ../nbs/13_checkpoints.ipynb #130038
-def _check_weights(model, weights, path):
-    "Raise `CheckpointError` unless the weights are those of such a model."
-    own, found = ({k: tuple(v.shape) for k, v in d.items() if hasattr(v, 'shape')} for d in (model.state_dict(), weights))
-    wrong = [f'{k} {own.get(k, "not at all")}, found {found.get(k, "none")}' for k in {**own, **found} if own.get(k) != found.get(k)]
-    if wrong: raise CheckpointError(f'{path}: made by another model: expected ' + '; '.join(wrong[:3]) + '; ...'*(len(wrong) > 3))
+@contextmanager
+def _all_or_nothing(learn, path):
+    "As `_kept`, for optimizer, random states and results, too."
+    opt, results, random = learn.opt, learn.results, get_rng_state(learn.dls)
+    inside, options = (dict(vars(opt)), [dict(g) for g in opt.param_groups]) if opt else ({}, [])
+    with _kept(_parts(learn), path):
+        try: yield
+        except BaseException:
+            set_rng_state(random, learn.dls)
+            learn.opt, learn.results = opt, results
+            if opt: vars(opt).update(inside)
+            for group, old in zip(opt.param_groups if opt else [], options):
+                group.clear()
+                group.update(old)
+            raise
 
+def _check_complete(state, path):
+    missing = [k for k in ('versions', 'model', 'opt', 'random', 'results', 'cbs') if k not in state]
+    if missing: raise CheckpointError(f'{path}: expected a whole checkpoint, found one without {missing}')
+
+def _check_opt(learn, opt, path):
+    "Raise `CheckpointError` unless the optimizer is of the same kind, with the same parameters in its groups."
+    name = type(learn.opt).__name__
+    if opt['name'].lower() != name.lower():
+        raise CheckpointError(f'{path}: expected the state of {name}, found that of {opt["name"]}')
+    own, saved = _params_of(learn), opt['state']['param_groups']
+    sizes, found = [len(group) for group in own], [len(group['params']) for group in saved]
+    if sizes != found:
+        raise CheckpointError(f'{path}: expected an optimizer with groups of {sizes} parameters, '
+                              f'found {found}')
+    for i, (ours, group) in enumerate(zip(own, saved)):
+        theirs = opt['params'][i] if 'params' in opt else [None]*len(ours)
+        for a, b, k in zip(ours, theirs, group['params']):
+            if b is None: b = (*a[:2], _shape_in(opt['state']['state'].get(k, {}), a[2]))
+            if a == tuple(b): continue
+            raise CheckpointError(f'{path}: expected {_words(a)} in group {i} of the optimizer, '
+                                  f'found {_words(b)}')
+
+def _words(param):
+    part, name, shape = param
+    return ' '.join(filter(None, ['' if part == 'model' else part, name, str(tuple(shape))]))
+
+def _shape_in(record, shape):
+    "The shape of a parameter by what an optimizer remembers of it; `shape` where that doesn't say."
+    names = ('momentum_buffer', 'exp_avg', 'square_avg', 'sum')
+    return next((tuple(record[n].shape) for n in names if isinstance(record.get(n), Tensor)), shape)
+
+# %% ../nbs/13_checkpoints.ipynb #130090
 def _restore(learn, state, path):
     "Put model, optimizer and random states back; in place, since callbacks may hold the optimizer's groups."
-    opt, versions = state['opt'], state['versions']
-    _check_weights(learn.model, state['model'], path)
+    _check_complete(state, path)
+    opt, versions, parts = state['opt'], state['versions'], _parts(learn)
+    fitting = _fitting(parts, dict(model=state['model'], **state.get('modules', {})), path)
     if learn.opt is None and opt: learn.create_opt()
-    if opt and opt['name'].lower() != type(learn.opt).__name__.lower():
-        raise CheckpointError(f'{path}: expected the state of {type(learn.opt).__name__}, found that of {opt["name"]}')
-    if versions['torch'] != torch.__version__: warnings.warn(f'{path} was made by torch {versions["torch"]}: not bit for bit')
-    set_rng_state(state['random'], learn.dls)
+    if opt: _check_opt(learn, opt, path)
+    if versions['torch'] != torch.__version__:
+        warnings.warn(f'{path} was made by torch {versions["torch"]}: not bit for bit')
+    random = dict(state['random'])
+    if 'cuda' in random: random['cuda'] = random['cuda'][:torch.cuda.device_count()]  # there were more
+    set_rng_state(random, learn.dls)
     if opt:
         groups = learn.opt.param_groups
         learn.opt.load_state_dict(opt['state'])
         for group, new in zip(groups, learn.opt.param_groups): group.update(new)
         learn.opt.param_groups = groups
-    learn.model.load_state_dict(state['model'])
+    _load_into(parts, fitting)
     learn.results = state['results']
 
 # %% ../nbs/13_checkpoints.ipynb #130039
 def load_checkpoint(learn:Learner, # made as the saved one was: model, optimizer, loaders
                     path): # file made by `save_checkpoint` or `Checkpoint`
-    "Take over what was saved; raises `CheckpointError` for a file that is damaged or of another model or optimizer."
+    "Take over what was saved; raises `CheckpointError` for a damaged file, or one that doesn't fit."
     state = read_checkpoint(path)
-    _restore(learn, state, path)
-    if not state['opt']: learn.opt = None
+    with _all_or_nothing(learn, path):
+        _restore(learn, state, path)
+        if not state['opt']: learn.opt = None
     for name, record in state['cbs']:
         if name == 'Recorder':
             learn.recorder = Recorder()
@@ -136,7 +398,9 @@ def load_checkpoint(learn:Learner, # made as the saved one was: model, optimizer
 # %% ../nbs/13_checkpoints.ipynb #130045
 class _Rest:
     "What a loader gives from batch `start` on, random states being then as they were at that point."
-    def __init__(self, dl, start, random, dls): self.dl, self.start, self.random, self.dls = dl, start, random, dls
+    def __init__(self, dl, start, random, dls):
+        self.dl, self.start, self.random, self.dls = dl, start, random, dls
+
     def __len__(self): return len(self.dl)
 
     def __iter__(self):
@@ -151,9 +415,10 @@ class _Signals:
     def __init__(self): self.asked, self.old = None, {}
 
     def catch(self):
-        if threading.current_thread() is not threading.main_thread(): return  # only there may signals be caught
+        if threading.current_thread() is not threading.main_thread(): return  # only there can one catch them
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) not in (None, signal.SIG_IGN): self.old[number] = signal.signal(number, self.note)
+            if signal.getsignal(number) in (None, signal.SIG_IGN): continue
+            self.old[number] = signal.signal(number, self.note)
 
     def note(self, number, frame):
         again, self.asked = self.asked, number
@@ -165,57 +430,194 @@ class _Signals:
         asked, self.asked = self.asked, None
         if asked: signal.raise_signal(asked)
 
+# %% ../nbs/13_checkpoints.ipynb #130091
+_LOWER = {*'''
+    loss losses error errors err mae mse rmse rms nrmse nmse rmsle msle mape smape wmape mase mad rae rse
+    epe ade fde perplexity ppl bpc bpb bpd bitsper nll nlpd bce ce crossentropy ece mce brier crps hinge
+    huber logcosh deviance regret cost penalty residual residuals misclassification inaccuracy imprecision
+    dissimilarity wer cer per ter mer der eer translationeditrate wil wordinfolost distance divergence kl
+    kld jsd emd mmd fid kid lpips patchsimilarity hamming hausdorff chamfer davies fpr fnr fallout l1 l2
+    aic bic latency seconds time negativeloglikelihood negloglikelihood'''.split()}
+_HIGHER = {*'''
+    accuracy accuracies acc accs f1 f2 fbeta fscore auc aucs auroc auprc aucpr roc precision recall ap map
+    averageprecision specificity sensitivity tpr tnr r2 rsquared explainedvariance iou miou giou dice
+    jaccard kappa mcc matthews corr corrcoef correlation pearson spearman kendall similarity bleu
+    sacrebleu rouge meteor chrf bertscore cider exactmatch wip wordinfopreserved mrr dcg ndcg hit hits
+    hitrate win wins success reward rewards ssim psnr snr sdr sisdr signalnoise signaldistortion pesq stoi
+    likelihood loglikelihood elbo silhouette purity nmi ari throughput'''.split()}
+_UNCLEAR = {*'neg negative minus inverse inverted gap drop diff difference delta std stdev'.split()}
+
+def _direction(name):
+    "'min' or 'max', by the words of a result's name; None if they say nothing, or different things."
+    words = [w.lower() for w in re.findall(r'[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+', name)]
+    found, top = set(), 'top' in words  # the top five: of an accuracy, or of an error
+    while words:
+        n, kind = next(((n, kind) for n in (3, 2, 1) if (kind := _kind_of(words[:n]))), (1, None))
+        found, words = found | {kind}, words[n:]
+    found -= {None}
+    if top and not found: return 'max'
+    unclear = re.match(r'([a-z]+_)?1 *-', name) or found not in ({'min'}, {'max'})  # as in 1-accuracy
+    return None if unclear else found.pop()
+
+def _kind_of(words):
+    word = ''.join(words)
+    for kind, known in (('min', _LOWER), ('max', _HIGHER), ('unclear', _UNCLEAR)):
+        if word in known: return kind
+    if len(words) > 1 or len(word) < 5: return None
+    if word.endswith(('loss', 'error')): return 'min'
+    if word.endswith('accuracy'): return 'max'
+    near = get_close_matches(word, [w for w in _LOWER | _HIGHER if w[0] == word[0]], 1, 0.93)
+    return _kind_of(near) if near else None  # misspelt: the fit will say that there is no such result
+
 # %% ../nbs/13_checkpoints.ipynb #130049
 class Monitor(Callback):
     "Base of callbacks that watch one of the results: `improved` says whether it has never been as good."
     sweep, saved = False, ('best',)
     def __init__(self,
-                 monitor:str='valid_loss', # a name in `learn.results`; lower is better if it has 'loss' or 'error' in it
-                 min_delta:float=0.): # improvements up to this don't count
-        self.monitor, self.min_delta = monitor, min_delta
-        self.sign = -1 if 'loss' in monitor or 'error' in monitor else 1
+                 monitor:str='valid_loss', # a name in `learn.results`
+                 min_delta:float=0., # improvements up to this don't count, at least 0
+                 mode:str=None): # 'min': lower is better; 'max': higher; None: as a known name says
+        if not isinstance(monitor, str):
+            raise ValueError(f'expected monitor to be the name of a result, got {monitor!r}')
+        if mode not in ('min', 'max', None):
+            raise ValueError(f"expected 'min', 'max' or None as mode, got {mode!r}")
+        if not _is_number(min_delta) or not 0 <= min_delta < math.inf:
+            raise ValueError(f'expected min_delta of at least 0, got {min_delta!r}')
+        self.monitor, self.min_delta, self.mode = monitor, min_delta, mode or _direction(monitor)
+        if self.mode is None:
+            raise ValueError("expected mode='min' (lower is better) or mode='max' (higher is better) "
+                             f'with monitor {monitor!r}, whose name does not say which, got None')
 
     def before_fit(self, learn): self.best = -math.inf
 
-    def improved(self, learn) -> bool:
-        if self.monitor not in learn.results: raise ValueError(f'expected monitor in {[*learn.results]}, got {self.monitor!r}')
-        value = self.sign*learn.results[self.monitor]
-        if not value > self.best + self.min_delta: return False
+    def improved(self, learn) -> bool: # never for a result that is nan or infinite
+        "Whether the result is better than all before; the next one must be better than this."
+        if self.monitor not in learn.results:
+            raise ValueError(f'expected monitor in {[*learn.results]}, got {self.monitor!r}')
+        value = learn.results[self.monitor]*(1 if self.mode == 'max' else -1)
+        if not math.isfinite(value) or not value > self.best + self.min_delta: return False
         self.best = value
         return True
 
+def _is_number(value): return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+
+def _check_whole(name, value, least):
+    "Raise `ValueError` unless `value` is a whole number of at least `least`."
+    if not isinstance(value, numbers.Integral) or isinstance(value, (bool, np.bool_)):
+        raise ValueError(f'expected {name} to be a whole number, got {value!r}')
+    if value < least: raise ValueError(f'expected a {name} of at least {least}, got {value}')
+
+# %% ../nbs/13_checkpoints.ipynb #130094
+class _FolderLock:
+    "A folder in which one process at a time trains; free again when that one ends, however it ends."
+    def __init__(self, folder): self.folder, self.file, self.made = folder, None, []
+    def __reduce__(self): return _FolderLock, (self.folder,)  # a copy has no lock
+
+    def take(self):
+        "Raises `CheckpointError` if it is taken; returns an `OSError` if nothing can be written there."
+        if _is_helper(): return None
+        try: self.open()
+        except OSError as e:
+            return OSError(e.errno, f'{e.strerror or e}; nothing was written', str(self.folder))
+        _locks.add(self)
+
+    def open(self):
+        made = [f for f in (self.folder, *self.folder.parents) if not f.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = (self.folder/'.lock').open('a+b', buffering=0)
+            if _lock(file) is False: self.refuse(file)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), (self.folder/'.lock').stat()): break
+            file.close()  # another process has just given it back
+        file.truncate(0)
+        since = time.strftime('%Y-%m-%d %H:%M:%S')
+        file.write(f'process {os.getpid()} on {socket.gethostname()}, since {since}'.encode())
+        self.file, self.made = file, made
+
+    def refuse(self, file):
+        with file:
+            file.seek(0)
+            owner = file.read().decode(errors='replace') or 'one that has just begun'
+        raise CheckpointError(f'{self.folder}: expected a folder in which nobody else trains, '
+                              f'found another process at work: {owner}')
+
+# %% ../nbs/13_checkpoints.ipynb #130095
+@patch
+def release(self:_FolderLock):
+    "Give it back; the folder goes as well if it was made for this, and has stayed empty."
+    file, self.file = self.file, None
+    if file is None: return
+    with file, suppress(OSError):
+        if os.name == 'nt': file.close()
+        (self.folder/'.lock').unlink()
+    with suppress(OSError):
+        for folder in self.made: folder.rmdir()
+
+@patch
+def forget(self:_FolderLock):
+    if self.file: self.file.close()
+    self.file = None
+
+_locks = weakref.WeakSet()
+
+def _forget_locks():
+    "In a child of `os.fork`, such as a loader's worker, which must not hold a lock after its parent's death."
+    for lock in [*_locks]: lock.forget()
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forget_locks)
+
+def _is_helper():
+    "Whether this is one of the processes of a distributed training, but not its first."
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+
 # %% ../nbs/13_checkpoints.ipynb #130050
 class Checkpoint(Monitor):
-    "Saves a fit to `folder` after each epoch, and on Ctrl-C or SIGTERM; goes on with one that was interrupted, bit for bit."
+    "Saves a fit to `folder` after each epoch, and on Ctrl-C or SIGTERM; goes on with one bit for bit."
     order, saved = 100, ('best', 'best_name')
     def __init__(self,
                  folder, # for the files, `epochEEEE-batchBBBBBB.pt`: so many epochs and batches are done
                  every:int=None, # training batches from one to the next within an epoch, too; None: none
                  keep:int=3, # how many of the last stay, at least 1; the best stays as well
-                 monitor:str='valid_loss', # a name in `learn.results`, to tell the best; None: only the last ones
-                 resume:bool=False): # go on with the newest good one; without one, begin
-        super().__init__(monitor or '')
-        if keep < 1 or every is not None and every < 1: raise ValueError(f'expected keep and every of at least 1, got {keep} and {every}')
-        self.folder, self.every, self.keep, self.resume, self.signals = Path(folder), every, keep, resume, _Signals()
+                 monitor:str='valid_loss', # a name in `learn.results`, to tell the best; None: no best one
+                 resume:bool=False, # go on with the newest good one; without one, begin
+                 mode:str=None): # 'min', 'max' or None, as in `Monitor`
+        if monitor: super().__init__(monitor, mode=mode)
+        _check_whole('keep', keep, 1)
+        if every is not None: _check_whole('every', every, 1)
+        if not isinstance(resume, (bool, np.bool_)):
+            raise ValueError(f'expected resume to be True or False, got {resume!r}')
+        self.folder, self.every, self.keep = Path(folder).expanduser(), every, keep
+        self.monitor, self.resume = monitor, resume
+        self.signals, self.lock = _Signals(), _FolderLock(self.folder)
 
     def before_fit(self, learn):
         super().before_fit(learn)
         self.state, self.best_name, self.dls, self.planned = None, '', learn.dls, learn.n_epochs
-        self.lrs = [float(g['lr']) for g in learn.opt.param_groups]
+        self.lrs, self.checked = [float(g['lr']) for g in learn.opt.param_groups], False
+        self.signals, self.lock = _Signals(), _FolderLock(self.folder)  # new ones, for a fit within a fit
+        problem = self.lock.take()
         path = last_checkpoint(self.folder)
-        if path and not self.resume: raise FileExistsError(f'expected an empty folder or resume=True, found {path}')
+        if path and not self.resume:
+            raise FileExistsError(f'expected an empty folder or resume=True, found {path}')
         if path: self._go_on(learn, read_checkpoint(path), path)
+        if problem and learn.epoch < learn.n_epochs: raise problem
+        for name, m in _parts(learn).items(): _check_readable({name: dict(_state(m))}, self.folder)
+        _clear_parts(self.folder, r'epoch\d+-batch\d+\.pt')
         self.signals.catch()
 
     def before_epoch(self, learn):
         if self.state: self._go_on_within(learn)
+        if not self.checked: _check_readable(_state_of(learn, self.dls), self.folder)
+        self.checked = True
         self.random, self.last = get_rng_state(self.dls), getattr(learn.dls[0], 'start', 0)
 
     def after_batch(self, learn):
         if not learn.training: return
         done, asked = learn.iter + 1, self.signals.asked
         due = asked or self.every and done - self.last >= self.every
-        if due and learn.loss.isfinite(): self._save(learn, learn.epoch, done)  # from nan nobody wants to go on
+        if due and learn.loss.isfinite(): self._save(learn, learn.epoch, done)  # nobody goes on from nan
         if asked: self.signals.release()
 
     def after_epoch(self, learn):
@@ -224,7 +626,10 @@ class Checkpoint(Monitor):
         if self.signals.asked: self.signals.release()
 
     def cleanup_epoch(self, learn): learn.dls = self.dls
-    def cleanup_fit(self, learn): self.signals.release()
+
+    def cleanup_fit(self, learn):
+        self.lock.release()
+        self.signals.release()
 
 def _file_name(epoch, done): return f'epoch{epoch:04}-batch{done:06}.pt'
 
@@ -232,33 +637,45 @@ def _file_name(epoch, done): return f'epoch{epoch:04}-batch{done:06}.pt'
 @patch
 def _save(self:Checkpoint, learn, epoch, done):
     self.last = done
-    where = dict(epoch=epoch, iter=done, ended=learn.n_epochs < self.planned, n_iter=_length(learn.dls[0]), lrs=self.lrs, random=self.random)
-    _write(_state_of(learn, self.dls) | dict(fit=where), self.folder/_file_name(epoch, done))
+    where = dict(epoch=epoch, iter=done, ended=learn.n_epochs < self.planned, n_iter=_n_batches(learn.dls[0]),
+                 lrs=self.lrs, random=self.random)
+    _save_state(_state_of(learn, self.dls) | dict(fit=where), self.folder/_file_name(epoch, done))
     for path in _checkpoints(self.folder)[:-self.keep]:
-        if path.name != self.best_name: path.unlink()
+        if path.name != self.best_name: path.unlink(missing_ok=True)
+
+def _n_batches(dl):
+    "Batches in a loader; None if it can't know."
+    try: return len(dl)
+    except TypeError: return None
 
 def last_checkpoint(folder, # of a `Checkpoint`
                    ) -> Path: # or None, if there is none
-    "The newest good checkpoint in a folder; warns of those that it passes over, and raises `CheckpointError` if none is good."
-    paths = _checkpoints(folder)
+    "The newest good checkpoint in a folder; warns of bad ones, and raises `CheckpointError` if all are bad."
+    paths = _checkpoints(Path(folder).expanduser())
     for path in paths[::-1]:
-        fault = _fault(path.read_bytes())
+        fault = _fault_of(path)
         if not fault: return path
         warnings.warn(f'{path}: {fault}; trying an older one')
-    if paths: raise CheckpointError(f'{folder}: expected a good checkpoint, found {len(paths)}, all of them damaged')
+    if not paths: return None
+    raise CheckpointError(f'{folder}: expected a good checkpoint, found {len(paths)}, all of them damaged')
 
 # %% ../nbs/13_checkpoints.ipynb #130052
 @patch
 def _go_on(self:Checkpoint, learn, state, path):
     where = state.get('fit')
-    if not where: raise CheckpointError(f'{path}: expected a checkpoint of a fit, found one from between two: see load_checkpoint')
-    now, then = (self.lrs, _length(learn.dls[0])), (where['lrs'], where['n_iter'])
-    if now != then: raise CheckpointError(f'{path}: expected learning rates and batches an epoch {now}, as in this fit, found {then}')
-    _restore(learn, state, path)
+    if not where:
+        raise CheckpointError(f'{path}: expected a checkpoint of a fit, found one from between two: '
+                              'see load_checkpoint')
+    now, then = (self.lrs, _n_batches(learn.dls[0])), (where['lrs'], where['n_iter'])
+    if now != then:
+        raise CheckpointError(f'{path}: expected learning rates and batches an epoch {now}, as in this fit, '
+                              f'found {then}')
+    with _all_or_nothing(learn, path):
+        _restore(learn, state, path)
+        if not where['iter']: _load_states(learn, state)
     learn.epoch = where['epoch']
     if where['ended']: learn.n_epochs = learn.epoch
     if where['iter']: self.state = state
-    else: _load_states(learn, state)
 
 @patch
 def _go_on_within(self:Checkpoint, learn):
@@ -274,42 +691,167 @@ def _load_states(learn, state):
         if found:
             left.remove(found)
             cb.load_state_dict(to_device(found[1], device))
-    if left: warnings.warn(f'the checkpoint has the state of {[name for name, _ in left]}, which this fit is without')
+    left = [name for name, _ in left]
+    if left: warnings.warn(f'the checkpoint has the state of {left}, which this fit is without')
+
+# %% ../nbs/13_checkpoints.ipynb #130096
+def _to_json(value):
+    "A nest of plain things in JSON's own types; raises `TypeError` for anything else."
+    kind = type(value)
+    if kind in (type(None), bool, int, float, str): return value
+    if kind is list: return [_to_json(v) for v in value]
+    if kind is tuple: return {'tuple': [_to_json(v) for v in value]}
+    if kind in (dict, OrderedDict): return {'dict': [[_to_json(k), _to_json(v)] for k, v in value.items()]}
+    if isinstance(value, Tensor): return {'tensor': base64.b64encode(_pack({'': value}, {})).decode()}
+    if kind is bytes: return {'bytes': base64.b64encode(value).decode()}
+    raise TypeError(f'a {kind.__name__}')
+
+def _from_json(value):
+    if isinstance(value, list): return [*map(_from_json, value)]
+    if not isinstance(value, dict): return value
+    (kind, held), = value.items()
+    if kind == 'tuple': return tuple(map(_from_json, held))
+    if kind == 'dict': return {_from_json(k): _from_json(v) for k, v in held}
+    held = base64.b64decode(held)
+    return held if kind == 'bytes' else _unpack_weights(held)[0]['']
+
+def _pack(tensors, header):
+    "The bytes of a safetensors file."
+    from safetensors.torch import save
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    return save(tensors, metadata=header or None)
+
+def _unpack_weights(data):
+    "Tensors and header of a safetensors file."
+    from safetensors.torch import load
+    tensors = load(data)
+    return tensors, json.loads(data[8:8 + int.from_bytes(data[:8], 'little')]).get('__metadata__', {})
+
+# %% ../nbs/13_checkpoints.ipynb #130097
+def _values(parts):
+    "All that is in modules by plain names, a loss function's after `loss_func.`; and the tensors alone."
+    values = {}
+    for part, m in parts.items():
+        values |= {k if part == 'model' else f'{part}.{k}': v for k, v in _state(m).items()}
+    return values, {k: v for k, v in values.items() if isinstance(v, Tensor)}
+
+def _check_values(parts, path):
+    "The header of a file of weights; raises `CheckpointError` with the key for what such a file can't hold."
+    values, tensors = _values(parts)
+    header, extra = {'format': 'pt'}, {}
+    for name, v in values.items():
+        try:
+            if name not in tensors: extra[name] = _to_json(v)
+            elif v.layout is not torch.strided: raise TypeError(f'a {v.layout} tensor')
+            elif not nn.parameter.is_lazy(v): _pack({'': v.new_empty(0)}, {})  # raises for unknown types
+        except Exception as e:
+            raise CheckpointError(f'{path}: expected tensors, and extra state of numbers, strings, lists, '
+                                  f'dicts and tensors, found {e} in {name}') from None
+    if extra: header['exp_extra_state'] = json.dumps(extra)
+    if len(parts) > 1: header['exp_parts'] = json.dumps([*parts][1:])
+    return header
+
+def _save_parts(parts, path):
+    path = Path(path).expanduser()
+    data = _pack(_values(parts)[1], _check_values(parts, path))
+    with atomic_write(path) as file: file.write(data)
 
 # %% ../nbs/13_checkpoints.ipynb #130068
 def save_weights(model, # nn.Module
                  path): # file to write, `.safetensors`; an old one stays until the new one is complete
-    "Write weights and buffers in the safetensors format."
-    from safetensors.torch import save
-    data = save({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, metadata={'format': 'pt'})
-    with atomic_write(path) as file: file.write(data)
+    "Write weights, buffers, extra state as safetensors; raises `CheckpointError` for what that can't hold."
+    _save_parts({'model': model}, path)
 
 def load_weights(model, # nn.Module with the same names and shapes
-                 path): # file from `save_weights`, or another in the safetensors format
-    "Take over weights and buffers; raises `CheckpointError` for a damaged file or another model's."
+                 path): # file from `save_weights`, other safetensors, or a state_dict from `torch.save`
+    "Take over weights, buffers, extra state; raises `CheckpointError` for a damaged file or another model's."
+    _load_parts({'model': model}, {'model': _read_parts(path)['model']}, path)
+
+def _load_parts(parts, found, path):
+    fitting = _fitting(parts, found, path)
+    with _kept(parts, path): _load_into(parts, fitting)
+
+def _read_parts(path):
+    "What a file of weights holds, name of the part -> state."
     from safetensors import SafetensorError
-    from safetensors.torch import load
-    try: weights = load(Path(path).read_bytes())
-    except SafetensorError as e: raise CheckpointError(f'{path}: expected a safetensors file, found none: {e}') from None
-    _check_weights(model, weights, path)
-    model.load_state_dict(weights)
+    data = Path(path).expanduser().read_bytes()
+    if data[:4] in (b'PK\x03\x04', b'\x80\x02\x8a\x0a'): return _read_state_dict(data, path)  # of torch.save
+    try:
+        values, header = _unpack_weights(data)
+        values |= {k: _from_json(v) for k, v in json.loads(header.get('exp_extra_state', '{}')).items()}
+        parts = ['model', *json.loads(header.get('exp_parts', '[]'))]
+    except SafetensorError as e:
+        raise CheckpointError(f'{path}: expected a safetensors file, found none: {e}') from None
+    except Exception as e:
+        raise CheckpointError(f'{path}: expected a header of save_weights, found another: {e}') from None
+    found = {part: {} for part in parts}
+    for k, v in values.items():
+        part = next((p for p in parts[1:] if k.startswith(f'{p}.')), 'model')
+        found[part][k if part == 'model' else k[len(part) + 1:]] = v
+    return found
+
+def _read_state_dict(data, path):
+    try: state = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+    except Exception:
+        raise CheckpointError(f'{path}: expected tensors by name, as in torch.save(model.state_dict(), path), '
+                              'found a damaged file, or something else, which was not run') from None
+    if isinstance(state, dict):
+        if state.get('format') == FORMAT: return {'model': state['model'], **state.get('modules', {})}
+        if any(isinstance(v, Tensor) for v in state.values()): return {'model': state}
+    found = f'a dict with {[*state][:9]}' if isinstance(state, dict) else f'a {type(state).__name__}'
+    raise CheckpointError(f'{path}: expected tensors by name, found {found}: '
+                          'take the weights out, for model.load_state_dict')
+
+# %% ../nbs/13_checkpoints.ipynb #130099
+@patch
+def save(self:Learner,
+         path): # file to write; one that ends in `.safetensors` gets the weights, any other a checkpoint
+    "Write the weights, or all of a training: weights, optimizer, random states, results, record."
+    if _is_weights(path): _save_parts(_parts(self), path)
+    else: save_checkpoint(self, path)
+
+@patch
+def load(self:Learner,
+         path) -> Learner: # file from `save`; returns the Learner itself
+    "Take over what was saved; after a `CheckpointError`, for a file that doesn't fit, nothing is changed."
+    if _is_weights(path): _load_parts(_parts(self), _read_parts(path), path)
+    else: load_checkpoint(self, path)
+    return self
+
+def _is_weights(path): return Path(path).suffix.lower() == '.safetensors'
 
 # %% ../nbs/13_checkpoints.ipynb #130073
 class SaveBest(Monitor):
-    "Saves the weights of the best epoch, and puts them into the model after the fit."
+    "Saves the weights of the best epoch, and puts them into the model after the fit, also after `CancelFit`."
     order = 20
     def __init__(self,
-                 path, # file to write, `.safetensors`
+                 path, # file to write, `.safetensors`; a loss function's weights are there after `loss_func.`
                  monitor:str='valid_loss', # as in `Monitor`
-                 min_delta:float=0.): # as in `Monitor`
-        super().__init__(monitor, min_delta)
-        self.path = Path(path)
+                 min_delta:float=0., # as in `Monitor`
+                 mode:str=None): # as in `Monitor`
+        super().__init__(monitor, min_delta, mode)
+        self.path = Path(path).expanduser()
+
+    def before_fit(self, learn):
+        super().before_fit(learn)
+        if self.path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, 'expected a file to write, found a folder', str(self.path))
+        _check_values(_parts(learn), self.path)
 
     def after_epoch(self, learn):
-        if self.improved(learn): save_weights(learn.model, self.path)
+        if self.improved(learn): _save_parts(_parts(learn), self.path)
 
     def after_fit(self, learn):
-        if self.best > -math.inf: load_weights(learn.model, self.path)
+        if self.best > -math.inf: _load_parts(_parts(learn), _read_parts(self.path), self.path)
+
+    def cleanup_fit(self, learn):
+        if not learn.failed: self.after_fit(learn)  # CancelFit skips it, and an average may be there
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        if self.best == -math.inf or self.path.is_file(): return
+        warnings.warn(f'{self.path}: expected the best weights so far, found none; looking for new ones')
+        self.best = -math.inf
 
 class EarlyStopping(Monitor):
     "Ends a fit after `patience` epochs without improvement."
@@ -317,9 +859,10 @@ class EarlyStopping(Monitor):
     def __init__(self,
                  monitor:str='valid_loss', # as in `Monitor`
                  patience:int=3, # epochs, at least 1
-                 min_delta:float=0.): # as in `Monitor`
-        super().__init__(monitor, min_delta)
-        if patience < 1: raise ValueError(f'expected a patience of at least 1, got {patience}')
+                 min_delta:float=0., # as in `Monitor`
+                 mode:str=None): # as in `Monitor`
+        super().__init__(monitor, min_delta, mode)
+        _check_whole('patience', patience, 1)
         self.patience = patience
 
     def before_fit(self, learn):
@@ -328,4 +871,4 @@ class EarlyStopping(Monitor):
 
     def after_epoch(self, learn):
         self.waited = 0 if self.improved(learn) else self.waited + 1
-        if self.waited == self.patience: learn.n_epochs = learn.epoch + 1
+        if self.waited >= self.patience: learn.n_epochs = learn.epoch + 1

@@ -1,0 +1,573 @@
+"Files in other people's hands: wrapped models, extra state, losses with weights, several processes, names of results."
+import os, signal, socket, subprocess, sys, time
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from exp.nb_00 import set_seed
+from exp.nb_03 import accuracy
+from exp.nb_04 import DataLoader, Dataset
+from exp.nb_10 import Callback, CancelFit, Learner
+from exp.nb_11 import get_rng_state
+from exp.nb_12 import EMA, AdamW
+from exp.nb_13 import (Checkpoint, CheckpointError, EarlyStopping, Monitor, SaveBest, _checkpoints, atomic_write, last_checkpoint,
+                       load_checkpoint, load_weights, read_checkpoint, save_weights)
+
+ROOT = Path(__file__).parent.parent
+
+def net(): return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+def new_learner(seed=0, model=None, loss_func=None, opt_func=AdamW, **kwargs):
+    set_seed(seed)
+    g = torch.Generator().manual_seed(0)
+    ds = Dataset(torch.randn(40, 4, generator=g), torch.randint(3, (40,), generator=g))
+    dls = DataLoader(ds, 8, shuffle=True), DataLoader(ds, 20)
+    loss_func = nn.functional.cross_entropy if loss_func is None else loss_func
+    return Learner(net() if model is None else model, dls, loss_func, opt_func=opt_func, lr=0.01, metrics=accuracy, progress=False, **kwargs)
+
+def same(a, b):
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+def clone(state): return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+
+def everything(learn):
+    "All that a file which does not fit must leave alone."
+    return [[clone(m.state_dict()) for m in learn.modules], learn.opt and learn.opt.state_dict(), get_rng_state(learn.dls), learn.results]
+
+
+# What is better
+
+LOWER = '''loss valid_loss train_loss error valid_error mae MAE train_mae mse rmse RMSE RMSLE rmsle perplexity Perplexity ppl wer WER cer mape MAPE nll NLL
+    MeanSquaredError MeanAbsoluteError MeanAbsolutePercentageError NormalizedRootMeanSquaredError MSELoss valid_MSE WordErrorRate CharErrorRate
+    HammingDistance KLDivergence CalibrationError cross_entropy binary_cross_entropy log_loss error_rate top5_error brier_score fid EditDistance
+    TranslationEditRate inaccuracy val_loss testloss LearnedPerceptualImagePatchSimilarity bits_per_dim'''.split()
+HIGHER = '''accuracy Accuracy valid_accuracy train_acc acc f1 F1 F1Score f1_score BinaryF1Score auc AUC auroc AUROC MulticlassAUROC precision recall Recall
+    AveragePrecision r2 R2Score iou IoU mIoU MeanIoU mean_iou JaccardIndex dice DiceScore bleu BLEUScore SacreBLEUScore map mAP mAP50
+    RetrievalMAP top_k top_5 top1 TopKAccuracy top_k_accuracy ROUGEScore CohenKappa MatthewsCorrCoef PearsonCorrCoef ExplainedVariance
+    PeakSignalNoiseRatio StructuralSimilarityIndexMeasure balanced_accuracy FBetaScore ExactMatch nDCG acuracy reward'''.split()
+UNCLEAR = '''score Half foo lr epoch accuracy_loss loss_accuracy precision_error dice_loss accuracy_gap acc_drop 1-accuracy val_1-dice
+    neg_mean_squared_error negative_accuracy one_minus_iou std_accuracy entropy seen'''.split() + ['', 'точность']
+
+@pytest.mark.parametrize('names, mode', [(LOWER, 'min'), (HIGHER, 'max')])
+def test_known_names(names, mode):
+    assert {name: Monitor(name).mode for name in names} == dict.fromkeys(names, mode)
+
+@pytest.mark.parametrize('name', UNCLEAR)
+@pytest.mark.parametrize('make', [Monitor, partial(SaveBest, 'a.safetensors'), EarlyStopping])
+def test_an_unknown_name_needs_a_mode(make, name):
+    with pytest.raises(ValueError, match="expected mode='min' .*or mode='max' .*got None") as error: make(name)
+    assert repr(name) in str(error.value)
+    assert [make(name, mode=mode).mode for mode in ('min', 'max')] == ['min', 'max']
+
+def test_checkpoints_know_modes_too(tmp_path):
+    with pytest.raises(ValueError, match="mode='min'"): Checkpoint(tmp_path, monitor='score')
+    assert Checkpoint(tmp_path, monitor='score', mode='max').mode == 'max' and Checkpoint(tmp_path, monitor=None).monitor is None
+
+class Results(Callback):
+    "Says what the results of each epoch are."
+    def __init__(self, **values): self.values = values
+    def after_epoch(self, learn): learn.results = {k: v[learn.epoch] for k, v in self.values.items()}
+
+@pytest.mark.parametrize('name, values, mode, best', [
+    ('mae', (3., 1., 2.), None, 1), ('f1', (1., 3., 2.), None, 1), ('score', (3., 1., 2.), 'min', 1), ('score', (1., 3., 2.), 'max', 1),
+    ('rmse', (float('nan'), 5., float('nan')), None, 1), ('f1', (float('nan'), 0., float('inf')), None, 1),
+    ('loss', (2., 1., -float('inf')), None, 1), ('accuracy', (.1, .3, .2), 'min', 0)])
+def test_the_best_is_the_best(name, values, mode, best, tmp_path):
+    "nan and infinity are never better."
+    class Weights(Callback):
+        def __init__(self): self.seen = []
+        def after_epoch(self, learn): self.seen.append(clone(learn.model.state_dict()))
+    learn, weights = new_learner(), Weights()
+    learn.fit(3, cbs=[Results(**{name: values}), weights, SaveBest(tmp_path/'a', name, mode=mode),
+                      Checkpoint(tmp_path/'c', keep=1, monitor=name, mode=mode)])
+    assert same(clone(learn.model.state_dict()), weights.seen[best])
+    assert _checkpoints(tmp_path/'c')[0].name == f'epoch000{best + 1}-batch000000.pt'
+
+def test_patience_runs_out_with_nan_and_after_a_shorter_one(tmp_path):
+    learn = new_learner()
+    learn.fit(20, cbs=[Results(mae=[float('nan')]*20), EarlyStopping('mae', patience=2)])
+    assert len(learn.recorder.epochs) == 2
+    def cbs(patience): return [Results(mae=[*range(20)]), EarlyStopping('mae', patience=patience), Checkpoint(tmp_path, monitor=None, resume=True)]
+    new_learner().fit(4, cbs=cbs(9))
+    again = new_learner()
+    again.fit(20, cbs=cbs(2))  # it has already waited for longer
+    assert len(again.recorder.epochs) == 5
+
+@pytest.mark.parametrize('make', [
+    *(partial(EarlyStopping, patience=v) for v in (0, -1, 2.5, float('nan'), float('inf'), None, '3', True)),
+    *(partial(Monitor, min_delta=v) for v in (float('nan'), -0.1, float('inf'), None, '0', True)),
+    *(partial(Monitor, 'loss', mode=v) for v in ('up', 'MIN', True, 1)), *(partial(Monitor, v) for v in (None, 3, ['loss'])),
+    *(partial(Checkpoint, 'a', every=v) for v in (0, -1, 2.5, float('nan'), '3', True)),
+    *(partial(Checkpoint, 'a', keep=v) for v in (0, -1, 1.5, float('nan'), None, '3', True)),
+    *(partial(Checkpoint, 'a', resume=v) for v in ('no', 1, None)), partial(SaveBest, 'a', min_delta=float('nan'))])
+def test_pointless_values_are_refused_when_given(make):
+    with pytest.raises(ValueError, match='expected .*got ') as error: make()
+    given = [*make.args, *make.keywords.values()][-1]
+    assert str(given) in str(error.value)
+
+def test_numbers_of_numpy_are_numbers():
+    assert EarlyStopping(patience=np.int64(2), min_delta=np.float32(0.5)).patience == 2 and Checkpoint('a', every=np.int32(5)).every == 5
+
+
+# Ends
+
+class End(Callback):
+    order = 200
+    def __init__(self, epoch, event='after_epoch', error=CancelFit):
+        def end(learn):
+            if learn.epoch == epoch and (event.endswith('epoch') or learn.training): raise error
+        setattr(self, event, end)
+
+@pytest.mark.parametrize('event', ['after_epoch', 'after_batch', 'before_epoch'])
+@pytest.mark.parametrize('more', [[], [0.5]])
+def test_the_best_weights_are_there_after_a_cancelled_fit(event, more, tmp_path):
+    learn, best = new_learner(), tmp_path/'best.safetensors'
+    learn.fit(9, cbs=[*map(EMA, more), Results(valid_loss=[3., 1., 2., 2., 2.]), SaveBest(best), End(3, event)])
+    kept = net()
+    load_weights(kept, best)
+    assert same(learn.model.state_dict(), kept.state_dict())
+    other = new_learner()
+    other.fit(9, cbs=[*map(EMA, more), Results(valid_loss=[3., 1., 2., 2., 2.]), SaveBest(tmp_path/'b'), End(1)])
+    assert same(other.model.state_dict(), kept.state_dict())  # the second epoch's, averaged or not
+
+def test_after_an_error_the_weights_are_the_last_ones(tmp_path):
+    learn = new_learner()
+    last = []
+    class Last(Callback):
+        def after_epoch(self, learn): last[:] = [clone(learn.model.state_dict())]
+    with pytest.raises(ZeroDivisionError):
+        learn.fit(9, cbs=[Last(), Results(valid_loss=[1., 2., 3.]), SaveBest(tmp_path/'a'), End(2, error=ZeroDivisionError)])
+    assert same(clone(learn.model.state_dict()), last[0])
+
+def test_a_resume_without_the_best_weights_begins_to_look_for_them_anew(tmp_path):
+    best = tmp_path/'best.safetensors'
+    def cbs(): return [Results(valid_loss=[1., 2., 3., 4.]), SaveBest(best), Checkpoint(tmp_path/'c', resume=True)]
+    new_learner().fit(2, cbs=cbs())
+    best.unlink()
+    with pytest.warns(UserWarning, match='best.safetensors: expected the best weights so far, found none'): new_learner().fit(4, cbs=cbs())
+    assert best.is_file()
+
+
+# A loss with weights
+
+class Centers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.centers = nn.Parameter(torch.zeros(3))
+        self.register_buffer('seen', torch.zeros((), dtype=torch.long))
+    def forward(self, pred, target):
+        if self.training: self.seen += len(target)
+        return nn.functional.cross_entropy(pred + self.centers, target)
+
+def test_a_loss_with_weights_is_resumed_saved_and_kept(tmp_path):
+    whole = new_learner(loss_func=Centers())
+    whole.fit(3)
+    assert whole.loss_func.centers.any() and whole.loss_func.seen == 120
+    with pytest.raises(KeyboardInterrupt):
+        new_learner(loss_func=Centers()).fit(3, cbs=[Checkpoint(tmp_path/'c', every=1), End(1, 'after_batch', KeyboardInterrupt)])
+    again = new_learner(7, loss_func=Centers())
+    again.fit(3, cbs=Checkpoint(tmp_path/'c', resume=True))
+    assert same(again.loss_func.state_dict(), whole.loss_func.state_dict()) and same(again.model.state_dict(), whole.model.state_dict())
+    assert same(again.opt.state_dict(), whole.opt.state_dict())
+    best = new_learner(loss_func=Centers())
+    best.fit(3, cbs=[Results(valid_loss=[2., 1., 3.]), SaveBest(tmp_path/'best')])
+    two = new_learner(loss_func=Centers())
+    two.fit(2)
+    assert same(best.loss_func.state_dict(), two.loss_func.state_dict()) and best.loss_func.seen == 80
+    load_weights(net(), tmp_path/'best')  # the model's part alone is the model's
+    from safetensors.torch import load_file
+    assert sorted(k for k in load_file(tmp_path/'best') if k.startswith('loss_func.')) == ['loss_func.centers', 'loss_func.seen']
+
+def test_learners_with_more_and_with_fewer_modules(tmp_path):
+    plain, more = new_learner(), new_learner(loss_func=Centers())
+    for learn, name in ((plain, 'plain'), (more, 'more')):
+        learn.fit(1)
+        learn.save(tmp_path/f'{name}.pt'), learn.save(tmp_path/f'{name}.safetensors')
+    for learn, name, words in ((plain, 'more', r'loss_func.centers not at all, found \(3,\)'),
+                               (more, 'plain', r'loss_func.centers \(3,\), found none')):
+        for suffix in ('.pt', '.safetensors'):
+            before = everything(learn)
+            with pytest.raises(CheckpointError, match=f'{name}{suffix}: .*{words}'): learn.load(tmp_path/f'{name}{suffix}')
+            assert same(everything(learn), before)
+
+def test_a_plain_model_file_looks_as_it_did(tmp_path):
+    from safetensors.torch import save
+    model = net()
+    save_weights(model, tmp_path/'a')
+    assert (tmp_path/'a').read_bytes() == save({k: v.clone() for k, v in model.state_dict().items()}, metadata={'format': 'pt'})
+
+
+# Extra state
+
+class Extra(nn.Linear):
+    "Remembers something that is no tensor."
+    def __init__(self, value=None):
+        super().__init__(4, 3)
+        self.value = value
+    def get_extra_state(self): return self.value
+    def set_extra_state(self, value): self.value = value
+
+PLAIN = [3, -0.5, float('inf'), 'vier', None, True, [1, [2.5]], (1, (2,)), {'a': {1: 'b', (1, 2): None}}, OrderedDict(a=1), b'\0\xff',
+         {'t': torch.arange(3), 'u': [torch.ones(2, 2, dtype=torch.bfloat16)]}, torch.zeros(0), {}, [], 'ü\n"', 2**70]
+
+@pytest.mark.parametrize('value', PLAIN, ids=repr)
+def test_plain_extra_state_comes_back(value, tmp_path):
+    "With weights, with a checkpoint, with a fit that is resumed, and from the best epoch."
+    for save, load in ((save_weights, load_weights), (lambda m, p: new_learner(model=m).save(p.with_suffix('.pt')),
+                                                      lambda m, p: new_learner(model=m).load(p.with_suffix('.pt')))):
+        one, two = nn.Sequential(Extra(value)), nn.Sequential(Extra('other'))
+        save(one, tmp_path/'a.safetensors')
+        load(two, tmp_path/'a.safetensors')
+        assert same(two[0].value, value) and type(two[0].value) in (type(value), dict) and torch.equal(two[0].weight, one[0].weight)
+    learn = new_learner(model=Extra(value))
+    learn.fit(1, cbs=[SaveBest(tmp_path/'best'), Checkpoint(tmp_path/'c')])
+    assert same(learn.model.value, value)
+    again = new_learner(model=Extra('other'))
+    again.fit(2, cbs=Checkpoint(tmp_path/'c', resume=True))
+    assert same(again.model.value, value)
+
+@pytest.mark.parametrize('value', [object(), [lambda: 1], {'a': {1, 2}.__iter__()}, np.random.default_rng(0), Path('a')], ids=lambda v: type(v).__name__)
+def test_other_extra_state_is_refused_before_the_training(value, tmp_path):
+    model = nn.Sequential(Extra(value))
+    before = model[0].weight.detach().clone()
+    for cb in (SaveBest(tmp_path/'a'), Checkpoint(tmp_path/'c')):
+        with pytest.raises(CheckpointError, match='expected .* found .*0._extra_state'): new_learner(model=model).fit(1, cbs=cb)
+    for save in (lambda: save_weights(model, tmp_path/'a'), lambda: new_learner(model=model).save(tmp_path/'a.pt')):
+        with pytest.raises(CheckpointError, match='0._extra_state'): save()
+    assert torch.equal(model[0].weight, before) and not [*tmp_path.iterdir()]
+
+def test_tensors_that_the_format_is_without_are_refused_before_the_training(tmp_path):
+    model = nn.Linear(4, 3)
+    model.register_buffer('odd', torch.eye(3).to_sparse())
+    with pytest.raises(CheckpointError, match='expected tensors.*in odd'): new_learner(model=model).fit(1, cbs=SaveBest(tmp_path/'a'))
+
+def test_a_callback_that_keeps_odd_things_is_named_before_the_training(tmp_path):
+    class Keeps(Callback):
+        saved = ('thing',)
+        def before_epoch(self, learn): self.thing = object()
+    learn = new_learner()
+    before = clone(learn.model.state_dict())
+    with pytest.raises(CheckpointError, match=r"found a object in \['cbs'\].*'thing'"): learn.fit(1, cbs=[Keeps(), Checkpoint(tmp_path/'c')])
+    assert same(clone(learn.model.state_dict()), before) and not (tmp_path/'c').exists()
+
+def test_an_extra_state_that_the_model_refuses_changes_nothing(tmp_path):
+    class Picky(Extra):
+        def set_extra_state(self, value):
+            if value == 'bad': raise RuntimeError('version bad is unknown')
+            self.value = value
+    save_weights(Picky('bad'), tmp_path/'a.safetensors')
+    new_learner(model=Picky('bad')).save(tmp_path/'a.pt')
+    for name in ('a.safetensors', 'a.pt'):
+        learn = new_learner(3, model=Picky('good'))
+        before = everything(learn)
+        with pytest.raises(CheckpointError, match=f'{name}: .*version bad is unknown'): learn.load(tmp_path/name)
+        assert same(everything(learn), before)
+
+
+# Wrappers
+
+class Pair(nn.Module):
+    def __init__(self, inner=lambda m: m):
+        super().__init__()
+        self.encoder, self.head = inner(nn.Linear(4, 4)), nn.Linear(4, 3)
+    def forward(self, x): return self.head(self.encoder(x))
+
+def compiled(m): return torch.compile(m, backend='eager')
+WRAPPED = {'DataParallel': lambda: nn.DataParallel(Pair()), 'compiled': lambda: compiled(Pair()),
+           'both': lambda: nn.DataParallel(compiled(Pair())), 'both, the other way': lambda: compiled(nn.DataParallel(Pair())),
+           'within': lambda: Pair(compiled), 'within a wrapper': lambda: nn.DataParallel(Pair(lambda m: nn.DataParallel(compiled(m))))}
+
+@pytest.mark.parametrize('make', WRAPPED.values(), ids=WRAPPED)
+def test_wrapped_models(make, tmp_path):
+    "Files have the plain names; they, and files with the wrappers' words, go into the plain model and into the wrapped one."
+    x = torch.randn(5, 4)
+    wrapped = make()
+    save_weights(wrapped, tmp_path/'a')
+    from safetensors.torch import load_file, save_file
+    assert [*load_file(tmp_path/'a')] == sorted(Pair().state_dict())
+    save_file({k: v.clone() for k, v in wrapped.state_dict().items()}, tmp_path/'words')
+    torch.save(wrapped.state_dict(), tmp_path/'words.pth')
+    for name in ('a', 'words', 'words.pth'):
+        for other in (Pair(), make(), nn.DataParallel(Pair()), compiled(Pair())):
+            load_weights(other, tmp_path/name)
+            assert torch.equal(other(x), wrapped(x)), name
+
+@pytest.mark.parametrize('make', WRAPPED.values(), ids=WRAPPED)
+def test_a_training_goes_on_wrapped_or_not(make, tmp_path):
+    whole = new_learner(model=(set_seed(1), Pair())[1])
+    whole.fit(3)
+    def learner(wrapper, seed): return new_learner(seed, model=(set_seed(1), wrapper())[1])
+    for i, (first, second) in enumerate(((Pair, make), (make, Pair))):
+        one = learner(first, 0)
+        one.fit(1, cbs=Checkpoint(tmp_path/f'{i}'))
+        one.save(tmp_path/f'{i}.pt')
+        two, three = learner(second, 5), learner(second, 6)
+        two.fit(3, cbs=Checkpoint(tmp_path/f'{i}', resume=True))
+        three.load(tmp_path/f'{i}.pt').fit(2)
+        assert [*read_checkpoint(tmp_path/f'{i}.pt')['model']] == [*Pair().state_dict()]
+        for learn in (two, three):
+            for a, b in zip(learn.model.parameters(), whole.model.parameters()): assert torch.equal(a, b)
+
+class Named(nn.Module):
+    "Really has the names that wrappers give."
+    def __init__(self, both=False):
+        super().__init__()
+        self.module, self._orig_mod = nn.Linear(4, 3), nn.Linear(4, 3)
+        if both: self.weight = nn.Parameter(torch.ones(3, 4))
+
+@pytest.mark.parametrize('make', [Named, lambda: Named(True), lambda: nn.DataParallel(Named()), lambda: compiled(Named(True)),
+                                  lambda: nn.Sequential(OrderedDict(module=nn.Linear(4, 3)))])
+def test_names_that_a_model_really_has_stay(make, tmp_path):
+    one, two = make(), make()
+    save_weights(one, tmp_path/'a')
+    torch.save(one.state_dict(), tmp_path/'b')
+    from safetensors.torch import load_file
+    plain = one if isinstance(one, (Named, nn.Sequential)) else next(one.children())
+    assert [*load_file(tmp_path/'a')] == sorted(plain.state_dict())
+    for name in 'ab':
+        two = make()
+        load_weights(two, tmp_path/name)
+        assert same(two.state_dict(), one.state_dict())
+    with pytest.raises(CheckpointError, match='made by another model'): load_weights(nn.Linear(3, 4), tmp_path/'a')
+
+
+# What does not fit
+
+def grouped(*sizes):
+    def opt_func(params, lr):
+        params, groups = list(params), []
+        for n in sizes: groups, params = groups + [{'params': params[:n]}], params[n:]
+        return torch.optim.AdamW(groups, lr=lr)
+    return opt_func
+
+def turned(params, lr): return torch.optim.AdamW(list(params)[::-1], lr=lr)
+
+MISFITS = {
+    'more groups': (dict(opt_func=grouped(2, 4)), r'groups of \[2, 4\] parameters, found \[6\]'),
+    'fewer parameters': (dict(opt_func=lambda ps, lr: torch.optim.AdamW([*ps][:5], lr=lr)), r'\[5\] parameters, found \[6\]'),
+    'another order': (dict(opt_func=turned), r'expected 3.bias \(3,\) in group 0 of the optimizer, found 0.weight \(8, 4\)'),
+    'another optimizer': (dict(opt_func=torch.optim.SGD), 'state of SGD, found that of AdamW'),
+    'other shapes': (dict(model=nn.Sequential(nn.Linear(4, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3))), r'0.weight \(9, 4\), found \(8, 4\)'),
+    'fewer names': (dict(model=nn.Sequential(nn.Linear(4, 8))), r'1.weight not at all, found \(8,\)'),
+    'other numbers': (dict(model=nn.Sequential(nn.Linear(4, 8, dtype=torch.complex64), *net()[1:])), '0.weight complex, found floating')}
+
+@pytest.mark.parametrize('options, words', MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize('used', [False, True])
+def test_what_does_not_fit_leaves_everything_as_it_was(options, words, used, tmp_path):
+    saved = new_learner(opt_func=torch.optim.AdamW)
+    saved.fit(1, cbs=Checkpoint(tmp_path/'c'))
+    saved.save(tmp_path/'a.pt')
+    learn = new_learner(5, **options)
+    learn.results = {'mine': 1.}
+    if used:
+        learn.create_opt()
+        for p in learn.model.parameters(): p.grad = torch.ones_like(p)
+        learn.opt.step()
+    before, opt, groups = everything(learn), learn.opt, learn.opt and [*learn.opt.param_groups]
+    with pytest.raises(CheckpointError, match=f'a.pt: .*{words}'): load_checkpoint(learn, tmp_path/'a.pt')
+    assert same(everything(learn), before) and learn.opt is opt and (not opt or all(a is b for a, b in zip(opt.param_groups, groups)))
+    if 'complex' in words or 'fewer names' in words: return
+    before = [clone(learn.model.state_dict()), get_rng_state(learn.dls), learn.results]
+    with pytest.raises((CheckpointError, RuntimeError)): learn.fit(1, cbs=Checkpoint(tmp_path/'c', resume=True))
+    assert same([clone(learn.model.state_dict()), get_rng_state(learn.dls), learn.results], before) and not (tmp_path/'c'/'.lock').exists()
+
+def test_an_older_checkpoint_without_names_of_parameters(tmp_path):
+    "Its shapes are those of the running means."
+    from exp.nb_13 import _write
+    saved = new_learner(opt_func=torch.optim.AdamW)
+    saved.fit(1)
+    saved.save(tmp_path/'a.pt')
+    state = read_checkpoint(tmp_path/'a.pt')
+    del state['opt']['params'], state['modules']
+    _write(state, tmp_path/'old.pt')
+    new_learner(opt_func=torch.optim.AdamW).load(tmp_path/'old.pt')
+    learn = new_learner(opt_func=turned)
+    with pytest.raises(CheckpointError, match=r'old.pt: expected 3.bias \(3,\) in group 0'): learn.load(tmp_path/'old.pt')
+    assert learn.opt is None
+
+def test_an_optimizer_that_refuses_the_state(tmp_path):
+    class Odd(torch.optim.AdamW):
+        def load_state_dict(self, state):
+            super().load_state_dict(state)
+            raise KeyError('warmup')
+    Odd.__name__ = 'AdamW'
+    saved = new_learner(opt_func=torch.optim.AdamW)
+    saved.fit(1)
+    saved.save(tmp_path/'a.pt')
+    learn = new_learner(3, opt_func=Odd)
+    learn.fit(1)
+    before, group = everything(learn), learn.opt.param_groups[0]
+    with pytest.raises(CheckpointError, match='a.pt: .*warmup'): learn.load(tmp_path/'a.pt')
+    assert same(everything(learn), before) and learn.opt.param_groups[0] is group
+
+@pytest.mark.parametrize('state, words', [
+    (dict(), "without \\['versions'"), (dict(format='exp checkpoint, 2'), "found 'exp checkpoint, 2'"), ([1], "found 'a list'")])
+def test_checkpoints_of_another_form(state, words, tmp_path):
+    from exp.nb_13 import _write
+    _write({'format': 'exp checkpoint, 1'} | state if isinstance(state, dict) else state, tmp_path/'a.pt')
+    with pytest.raises(CheckpointError, match=f'a.pt: .*{words}'): new_learner().load(tmp_path/'a.pt')
+
+def test_files_of_others_as_weights(tmp_path):
+    model, other = net(), net()
+    for name, old in (('new.pth', False), ('old.pth', True)):
+        torch.save(model.state_dict(), tmp_path/name, _use_new_zipfile_serialization=not old)
+        load_weights(other, tmp_path/name)
+        assert same(other.state_dict(), model.state_dict())
+        data = (tmp_path/name).read_bytes()
+        (tmp_path/name).write_bytes(data[:len(data)//2])
+        with pytest.raises(CheckpointError, match=name): load_weights(other, tmp_path/name)
+    for value, words in ((model, 'not run'), ({'epoch': 1, 'state_dict': model.state_dict()}, "found a dict with \\['epoch', 'state_dict'\\]"),
+                         ([1, 2], 'found a list'), ({k: v.half() for k, v in model.state_dict().items() if 'bias' in k}, 'found none')):
+        torch.save(value, tmp_path/'a.pth')
+        with pytest.raises(CheckpointError, match=f'a.pth: .*{words}'): load_weights(other, tmp_path/'a.pth')
+    learn = new_learner()
+    learn.fit(1)
+    learn.save(tmp_path/'whole.pt')
+    load_weights(other, tmp_path/'whole.pt')
+    assert same(other.state_dict(), learn.model.state_dict())
+    from safetensors.torch import save_file
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, tmp_path/'half.safetensors')
+    load_weights(other, tmp_path/'half.safetensors')  # fewer digits of the same numbers are fine
+    save_file({k: v.long() for k, v in model.state_dict().items()}, tmp_path/'whole.safetensors')
+    with pytest.raises(CheckpointError, match='expected 0.weight floating, found whole numbers'): load_weights(other, tmp_path/'whole.safetensors')
+
+def test_paths(tmp_path, monkeypatch):
+    "Strings, `~`, folders to be made; a folder in the place of a file."
+    monkeypatch.setenv('HOME', str(tmp_path)), monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    learn = new_learner()
+    learn.fit(1, cbs=[SaveBest('~/x/best.safetensors'), Checkpoint('~/x/run')])
+    learn.save('~/y/a.pt'), learn.save('~/y/z/a.SafeTensors'), save_weights(learn.model, '~/y/b')
+    new_learner().load('~/y/a.pt').load('~/y/z/a.SafeTensors')
+    load_weights(net(), '~/y/b')
+    assert last_checkpoint('~/x/run').parent == tmp_path/'x'/'run' and (tmp_path/'x'/'best.safetensors').is_file()
+    with pytest.raises(FileNotFoundError, match='none.pt'): learn.load(tmp_path/'none.pt')
+    with pytest.raises(OSError, match='found a folder.*x'): learn.fit(1, cbs=SaveBest(tmp_path/'x'))
+    with pytest.raises(OSError, match='y'): learn.save(tmp_path/'y')
+    with pytest.raises(OSError, match='y'): load_weights(net(), tmp_path/'y')
+
+def test_odd_things_among_the_checkpoints(tmp_path):
+    "A folder with a checkpoint's name, foreign files, epochs beyond 9999."
+    learn = new_learner()
+    learn.fit(1, cbs=Checkpoint(tmp_path))
+    (tmp_path/'epoch0009-batch000000.pt').mkdir()
+    (tmp_path/'epochX-batchY.pt').write_text('?')
+    with pytest.warns(UserWarning, match='epoch0009.*trying an older one'): assert last_checkpoint(tmp_path).name == 'epoch0001-batch000000.pt'
+    (tmp_path/'epoch0009-batch000000.pt').rmdir()
+    for name in ('epoch9999-batch000000.pt', 'epoch10000-batch000000.pt', 'epoch10000-batch1000000.pt', 'epoch10000-batch999999.pt'):
+        (tmp_path/name).write_bytes((tmp_path/'epoch0001-batch000000.pt').read_bytes())
+    assert last_checkpoint(tmp_path).name == 'epoch10000-batch1000000.pt'
+
+
+# Several processes
+
+WRITER = '''
+import sys
+from exp.nb_13 import atomic_write
+for i in range(40):
+    with atomic_write('a.bin') as file:
+        for _ in range(50): file.write(bytes([int(sys.argv[1])])*1000)
+'''
+
+def test_two_processes_write_one_file(tmp_path):
+    "Neither takes the other's part away, and what is there is always one's or the other's."
+    writers = [subprocess.Popen([sys.executable, '-c', WRITER, str(i)], cwd=tmp_path, stderr=subprocess.PIPE, text=True) for i in (1, 2)]
+    while any(w.poll() is None for w in writers):
+        if (tmp_path/'a.bin').exists():
+            data = (tmp_path/'a.bin').read_bytes()
+            assert len(data) == 50_000 and len({*data}) == 1
+        time.sleep(0.002)
+    assert [w.communicate()[1] for w in writers] == ['', ''] and [p.name for p in tmp_path.iterdir()] == ['a.bin']
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_parts_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path):
+    for _ in range(3):
+        pid = os.fork()
+        if pid == 0:
+            with atomic_write(tmp_path/'a') as file:
+                file.write(b'half')
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert len([*tmp_path.glob('.a.*.part')]) == 1
+    with atomic_write(tmp_path/'a') as living:
+        living.write(b'slow')
+        with atomic_write(tmp_path/'a') as file: file.write(b'fast')
+        assert [p.name for p in tmp_path.iterdir() if p.name != 'a'] == [Path(living.name).name]
+    assert (tmp_path/'a').read_bytes() == b'slow' and len([*tmp_path.iterdir()]) == 1
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_a_resumed_fit_removes_the_parts_of_the_killed_one(tmp_path):
+    new_learner().fit(1, cbs=Checkpoint(tmp_path))
+    (tmp_path/'.epoch0003-batch000001.pt.0123abcd.part').write_bytes(b'half')
+    (tmp_path/'.notes.0123abcd.part').write_bytes(b"somebody else's")
+    new_learner().fit(2, cbs=Checkpoint(tmp_path, resume=True))
+    assert [p.name for p in tmp_path.glob('.*')] == ['.notes.0123abcd.part']
+
+HOLDER = '''
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from test_files import *
+class Wait(Callback):
+    def after_batch(self, learn):
+        print('training', flush=True)
+        time.sleep(60)
+new_learner().fit(1, cbs=[Wait(), Checkpoint(sys.argv[2], resume=True)])
+'''
+
+def hold(folder):
+    process = subprocess.Popen([sys.executable, '-c', HOLDER, str(ROOT/'tests'), str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'training\n'
+    return process
+
+@pytest.mark.skipif(os.name == 'nt', reason='kills')
+def test_two_processes_train_in_one_folder(tmp_path):
+    "The second is told who is there, and changes nothing; a killed one is nobody."
+    process = hold(tmp_path/'run')
+    learn = new_learner(5)
+    before = clone(learn.model.state_dict())
+    with pytest.raises(CheckpointError, match=f'run: expected a folder in which nobody else trains, found .*process {process.pid} on {socket.gethostname()}'):
+        learn.fit(1, cbs=Checkpoint(tmp_path/'run', resume=True))
+    assert same(clone(learn.model.state_dict()), before) and (tmp_path/'run'/'.lock').exists() and process.poll() is None
+    process.kill(), process.wait()
+    learn.fit(1, cbs=Checkpoint(tmp_path/'run', resume=True))
+    assert [p.name for p in (tmp_path/'run').iterdir()] == ['epoch0001-batch000000.pt']
+
+def test_two_fits_of_one_process_in_one_folder(tmp_path):
+    class Within(Callback):
+        def after_epoch(self, learn):
+            with pytest.raises(CheckpointError, match=f'process {os.getpid()} on'): new_learner().fit(1, cbs=Checkpoint(tmp_path, resume=True))
+    new_learner().fit(1, cbs=[Within(), Checkpoint(tmp_path)])
+    assert [p.name for p in tmp_path.iterdir()] == ['epoch0001-batch000000.pt']
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_children_do_not_hold_the_lock(tmp_path):
+    "Such as workers of a loader, which live on for a moment after their parent was killed."
+    class Fork(Callback):
+        def after_epoch(self, learn):
+            self.pid = os.fork()
+            if self.pid == 0: time.sleep(30), os._exit(0)
+    fork = Fork()
+    new_learner().fit(1, cbs=[fork, Checkpoint(tmp_path)])
+    lock = (tmp_path/'.lock')
+    new_learner().fit(2, cbs=Checkpoint(tmp_path, resume=True))
+    os.kill(fork.pid, signal.SIGKILL), os.waitpid(fork.pid, 0)
+    assert not lock.exists()
+
+@pytest.mark.parametrize('error', [CancelFit, ZeroDivisionError, KeyboardInterrupt])
+def test_the_lock_is_given_back_however_the_fit_ends(error, tmp_path):
+    try: new_learner().fit(3, cbs=[End(1, error=error), Checkpoint(tmp_path)])
+    except (ZeroDivisionError, KeyboardInterrupt): pass
+    assert not (tmp_path/'.lock').exists()
+    new_learner().fit(3, cbs=Checkpoint(tmp_path, resume=True))
+
+def test_a_folder_that_can_not_be_made_is_told_before_the_training(tmp_path):
+    (tmp_path/'file').write_text('in the way')
+    learn = new_learner()
+    before = clone(learn.model.state_dict())
+    for folder in (tmp_path/'file', tmp_path/'file'/'run'):
+        with pytest.raises(OSError, match='nothing was written.*file'): learn.fit(1, cbs=Checkpoint(folder))
+    assert same(clone(learn.model.state_dict()), before)
