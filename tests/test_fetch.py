@@ -169,6 +169,8 @@ def test_the_usual_name_comes_first_and_folders_do_not_count(tmp_path):
     (tmp_path/labels.upper()).write_bytes(idx((20_000,), bytes(20_000)))
     (tmp_path/labels[:-3]).write_bytes(FILES[labels])
     assert get_data('kmnist', tmp_path)[1][:3].tolist() == [0, 1, 2]
+    (tmp_path/labels).write_bytes(idx((20_000,), bytes([7])*20_000))
+    assert get_data('kmnist', tmp_path)[1][:3].tolist() == [7, 7, 7]
 
 
 @pytest.mark.parametrize('name', ['mnist', 'fashion_mnist'])
@@ -209,6 +211,7 @@ class Closed(io.StringIO):
 def test_a_download_does_not_depend_on_the_screen(screen, serve, mirrors, tmp_path, monkeypatch):
     mirrors(DEAD, serve().url)
     pooch.get_logger().setLevel('INFO')
+    pooch.get_logger()._cache.clear()  # of the level that the tests before had
     for stream in ('stdout', 'stderr'): monkeypatch.setattr(sys, stream, screen())
     for handler in pooch.get_logger().handlers: monkeypatch.setattr(handler, 'stream', sys.stderr)  # as if imported only now
     (tmp_path/NAME).write_bytes(b'damaged')
