@@ -9,7 +9,7 @@ __all__ = ['EVENTS', 'STEPS', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'Callba
            'OverfitOneBatch', 'MixedPrecision', 'Compile', 'confusion_matrix']
 
 # %% ../nbs/10_learner.ipynb #100004
-import copy, csv, dataclasses, html, inspect, itertools, math, os, re, sys, time, traceback, warnings
+import bdb, copy, csv, dataclasses, html, inspect, itertools, math, os, re, sys, time, traceback, warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
@@ -85,7 +85,7 @@ class Callback:
 class Learner:
     "Model, data, loss and optimizer, and the loop that trains them, announcing its `EVENTS` to callbacks."
     default_cbs = ()  # the classes of callbacks that every Learner begins with
-    debug = None      # keep local variables of the user's code in tracebacks; None: where a debugger may look at them
+    debug = None      # keep the local variables in a traceback; None: where a debugger may look at them
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -343,12 +343,13 @@ def _may_be_looked_at(error):
     "Whether somebody can look at a traceback: in a notebook, IPython, `python -i` or a debugger."
     if isinstance(error, (KeyboardInterrupt, torch.cuda.OutOfMemoryError)): return False
     ipython = sys.modules.get('IPython')
-    return bool(ipython and ipython.get_ipython() or hasattr(sys, 'ps1') or sys.flags.interactive or sys.gettrace())
+    if ipython and ipython.get_ipython(): return True
+    tracer = getattr(sys.gettrace(), '__self__', None)
+    return hasattr(sys, 'ps1') or bool(sys.flags.interactive) or isinstance(tracer, bdb.Bdb)
 
-def _let_go(error, keep):
-    "Clear the local variables of those frames of a traceback that hold tensors; `keep` the user's own."
+def _let_go(error):
+    "Clear the local variables of those frames of a traceback that hold tensors."
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if keep and not frame.f_globals.get('__name__', '').startswith(('exp.', 'torch.')): continue
         if any(map(_holds_tensor, frame.f_locals.values())):
             with suppress(RuntimeError): frame.clear()  # raised for a frame that is still running
             frame.f_locals                              # before Python 3.13: forgets the snapshot taken above
@@ -373,7 +374,8 @@ def _running(self:Learner, cbs, fitting=False):
     self._on = SimpleNamespace(**{e: tuple(getattr(cb, e) for cb in cbs if hasattr(cb, e)) for e in EVENTS})
     try: yield
     except BaseException as error:
-        _let_go(error, _may_be_looked_at(error) if self.debug is None else self.debug)
+        keep = _may_be_looked_at(error) if self.debug is None else self.debug
+        if not keep: _let_go(error)
         raise
     finally:
         vars(self).update(before)
@@ -1002,7 +1004,9 @@ def get_preds(self:Learner,
     "Predictions in evaluation mode, without gradients, in the order of the data; half precision comes as float32."
     dl = self.dls[1] if dl is None else dl
     if dl is None: raise ValueError('expected data to predict, got None: give `dl`, or make the Learner with a pair of loaders')
-    if isinstance(dl, Tensor): dl = dl.split(whole_number(bs, 'bs'))
+    if isinstance(dl, Tensor):
+        if _own_batches(self): raise TypeError('expected batches as this Learner takes them, got a Tensor: see predict')
+        dl = dl.split(whole_number(bs, 'bs'))
     collect = _Collect()
     with self._running(self._for_passes() + [collect]): self._one_pass(_Targeted(dl, self), training=False)
     return _joined(collect.preds, 'predictions'), _joined(collect.targets, 'targets')

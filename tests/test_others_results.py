@@ -265,6 +265,7 @@ def test_predict_of_a_learner_with_steps_of_its_own():
     dicts.fit(1)
     near(dicts.predict({'x': x, 'y': None}), dicts.get_preds()[0])
     near(dicts.get_preds()[1], y)
+    with pytest.raises(TypeError, match='expected batches as this Learner takes them, got a Tensor'): dicts.get_preds(x)
 
 
 def test_losses_of_rows_of_several_parts():
