@@ -30,34 +30,61 @@ def log_softmax(x:Tensor, # scores, any shape, floating point
 
 # %% ../nbs/03_losses.ipynb #030056
 def _check_target(inp, target, dim):
-    "Raise `ValueError` unless `target` holds a class index for each position of `inp` along `dim`."
+    "`target` as int64; raises `ValueError` unless it has a class for each position of `inp` along `dim`."
     expected = list(inp.shape)
     expected.pop(dim)
     if list(target.shape) != expected:
-        raise ValueError(f'expected targets of shape {tuple(expected)} for {tuple(inp.shape)}, got {tuple(target.shape)}')
+        found = f'{tuple(inp.shape)}, got {tuple(target.shape)}'
+        raise ValueError(f'expected targets of shape {tuple(expected)} for {found}')
     if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(f'expected class indices, integers, got {target.dtype}')
+    return target.long()
 
-def _reduce(losses, reduction):
-    "The mean or the sum of all losses, or each for itself."
+def _pick(x, target, counted, dim):
+    "What `x` holds at the targets along `dim`, and anything where they are not `counted`."
+    try: return x.gather(dim, target.where(counted, 0).unsqueeze(dim)).squeeze(dim)
+    except RuntimeError as e:
+        if 'out of bounds' not in str(e): raise
+        low, high = target[counted].aminmax()
+        raise ValueError(f'expected targets in 0 to {x.shape[dim] - 1}, got {low} to {high}') from None
+
+# %% ../nbs/03_losses.ipynb #030083
+def _amounts(target, counted, weight):
+    "How much each position counts: one, or the weight of its class, and nothing if it is not `counted`."
+    return counted if weight is None else weight[target.where(counted, 0)].where(counted, 0)
+
+def _reduce(losses, amounts, reduction):
+    "The losses of all positions by what these count for, the sum of the losses, or each for itself."
     if reduction not in ('mean', 'sum', 'none'):
         raise ValueError(f"expected reduction 'mean', 'sum' or 'none', got {reduction!r}")
-    return losses if reduction == 'none' else getattr(losses, reduction)()
+    if reduction == 'none': return losses
+    if reduction == 'sum': return losses.sum()
+    wide = torch.promote_types(losses.dtype, torch.float32)  # 16 bits can't hold the sum of many losses
+    total = amounts.sum() if amounts.dtype == torch.bool else amounts.sum(dtype=wide)
+    return (losses.sum(dtype=wide) / total).to(losses.dtype)
 
 # %% ../nbs/03_losses.ipynb #030057
+def _check_weight(weight, x, dim):
+    "`weight` as a tensor like `x`, or None; raises `ValueError` unless it has a number for each class."
+    if weight is None: return None
+    weight = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
+    if weight.shape == (x.shape[dim],): return weight
+    raise ValueError(f'expected a weight for each of {x.shape[dim]} classes, got shape {tuple(weight.shape)}')
+
 def nll(log_p:Tensor, # log probabilities, any shape, classes along `dim`
         target:Tensor, # class indices, integer, the shape of `log_p` without `dim`
         dim:int=-1, # of the classes
         reduction:str='mean', # 'mean', 'sum' or 'none'
-       ) -> Tensor: # 0-d, or the shape of `target` for 'none'
-    "Negative log likelihood of the targets; raises `ValueError` for targets that don't fit."
-    _check_target(log_p, target, dim)
-    try: picked = log_p.gather(dim, target.long().unsqueeze(dim)).squeeze(dim)
-    except RuntimeError as e:
-        if 'out of bounds' not in str(e): raise
-        found = f'{target.min()} to {target.max()}'
-        raise ValueError(f'expected targets in 0 to {log_p.shape[dim] - 1}, got {found}') from None
-    return _reduce(-picked, reduction)
+        ignore_index:int=-100, # the target of positions that don't count
+        weight:Tensor=None, # of each class (C,); None: all the same
+       ) -> Tensor: # 0-d, or the shape of `target` for 'none'; nan for the mean of nothing
+    "Negative log likelihood of the targets; raises `ValueError` for arguments that don't fit."
+    target, weight = _check_target(log_p, target, dim), _check_weight(weight, log_p, dim)
+    counted = target != ignore_index
+    losses = -_pick(log_p, target, counted, dim)
+    amounts = _amounts(target, counted, weight)
+    if weight is not None: losses = losses * amounts
+    return _reduce(losses.where(counted, 0), amounts, reduction)
 
 # %% ../nbs/03_losses.ipynb #030069
 def cross_entropy(inp:Tensor, # scores, any shape, classes along `dim`
@@ -65,19 +92,31 @@ def cross_entropy(inp:Tensor, # scores, any shape, classes along `dim`
                   dim:int=-1, # of the classes
                   reduction:str='mean', # 'mean', 'sum' or 'none'
                   label_smoothing:float=0., # 0 to 1, spread over all classes (Szegedy et al., 2016)
-                 ) -> Tensor: # 0-d, or the shape of `target` for 'none'
+                  ignore_index:int=-100, # the target of positions that don't count
+                  weight:Tensor=None, # of each class (C,); None: all the same
+                 ) -> Tensor: # 0-d, or the shape of `target` for 'none'; nan for the mean of nothing
     "Cross-entropy of scores and target classes; raises `ValueError` for arguments that don't fit."
-    if not 0 <= label_smoothing <= 1: raise ValueError(f'expected label_smoothing in 0 to 1, got {label_smoothing}')
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f'expected label_smoothing in 0 to 1, got {label_smoothing}')
     log_p = log_softmax(inp, dim)
-    loss = nll(log_p, target, dim, reduction)
+    loss = nll(log_p, target, dim, reduction, ignore_index, weight)
     if label_smoothing == 0: return loss
-    return (1 - label_smoothing)*loss + label_smoothing*_reduce(-log_p.mean(dim), reduction)
+    target, weight = target.long(), _check_weight(weight, log_p, dim)
+    counted = target != ignore_index
+    if weight is not None: log_p = (log_p.movedim(dim, -1) * weight).movedim(-1, dim)
+    smooth = _reduce((-log_p.mean(dim)).where(counted, 0), _amounts(target, counted, weight), reduction)
+    return (1 - label_smoothing)*loss + label_smoothing*smooth
 
 # %% ../nbs/03_losses.ipynb #030077
-def accuracy(out:Tensor, # scores, any shape, classes along `dim`
+def accuracy(out:Tensor, # scores, any shape, at least two classes along `dim`
              target:Tensor, # class indices, integer, the shape of `out` without `dim`
              dim:int=-1, # of the classes
-            ) -> Tensor: # 0-d float32, 0 to 1
-    "Share of positions where the highest score is the target's; raises `ValueError` for targets that don't fit."
-    _check_target(out, target, dim)
-    return (out.argmax(dim) == target).float().mean()
+             ignore_index:int=-100, # the target of positions that don't count
+            ) -> Tensor: # 0-d float32, 0 to 1; nan if no position counts
+    "Share of positions where the target has the highest score; raises `ValueError` for targets that don't fit."
+    target = _check_target(out, target, dim)
+    counted = target != ignore_index
+    if out.shape[dim] == 1 and ((target != 0) & counted).any():
+        raise ValueError(f'expected a score for each class, got one column of scores, {tuple(out.shape)}')
+    if out.is_cpu: _pick(out, target, counted, dim)  # elsewhere a look at the values would be a wait
+    return ((out.argmax(dim) == target) & counted).sum() / counted.sum()

@@ -7,11 +7,16 @@ __all__ = ['Row', 'RecordedLoss', 'Optimizer', 'Dataset', 'Sampler', 'collate', 
            'train_epoch', 'print_row', 'fit', 'most_wrong']
 
 # %% ../nbs/04_training.ipynb #040004
-import math, time
+import inspect, math, operator, sys, time, warnings
 from collections import namedtuple
+from collections.abc import Mapping
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, default_collate
+from fastcore.basics import patch
 from tqdm import tqdm
+from .nb_00 import is_terminal, say
 from .nb_02 import Model
 from .nb_03 import accuracy
 
@@ -46,26 +51,88 @@ class Optimizer:
         "Forget all gradients."
         for p in self.params: p.grad = None
 
+# %% ../nbs/04_training.ipynb #040167
+def _from_list(numbers):
+    if any(hasattr(o, 'shape') for o in numbers): return torch.stack([torch.as_tensor(o) for o in numbers])
+    return torch.tensor(numbers)
+
+def _as_tensor(data):
+    "Numbers as a tensor, which shares the memory of an array; raises `ValueError` for anything else."
+    if isinstance(data, Tensor): return data
+    if isinstance(data, (list, tuple)):
+        try: return _from_list(data)
+        except (ValueError, TypeError, RuntimeError) as e:
+            raise ValueError(f'expected a list of numbers, all of one shape: {e}') from None
+    data = np.asanyarray(data)  # a memmap stays one
+    if data.dtype.kind not in 'biufc': raise ValueError(f'expected numbers, got an array of {data.dtype}')
+    data = data.astype(data.dtype.newbyteorder('='), copy=False)
+    ours_to_read = data.flags.writeable or isinstance(data, np.memmap)
+    if not ours_to_read or any(s < 0 for s in data.strides): data = data.copy()
+    with warnings.catch_warnings(action='ignore'): return torch.from_numpy(data)  # of read-only memory
+
 # %% ../nbs/04_training.ipynb #040055
 class Dataset:
     "Tensors of equal length, indexed together, by one index or by a whole batch of them."
+    between, alone, read_only = (), False, False
+
     def __init__(self,
-                 x:Tensor, # inputs (n, ...)
-                 y:Tensor): # targets (n, ...); raises `ValueError` if the lengths differ
-        if len(x) != len(y): raise ValueError(f'expected as many targets as inputs, got {len(y)} and {len(x)}')
-        self.x, self.y = x, y
+                 x, # inputs (n, ...): tensor, array or list of numbers
+                 *more): # more inputs and, last, the targets; raises `ValueError` for unequal lengths
+        tensors = [_as_tensor(o) for o in (x, *more)]
+        shapes = [tuple(t.shape) for t in tensors]
+        if () in shapes: raise ValueError(f'expected tensors with a first dimension, got shapes {shapes}')
+        lengths = [s[0] for s in shapes]
+        if len(set(lengths)) > 1:
+            raise ValueError(f'expected equal lengths, got {" and ".join(map(str, lengths))}')
+        self.x, self.y, self.between, self.alone = tensors[0], tensors[-1], tuple(tensors[1:-1]), not more
+        self.read_only = not all(getattr(getattr(o, 'flags', None), 'writeable', True) for o in (x, *more))
+
+    @property
+    def tensors(self): # all of them, in order
+        return (self.x,) if self.alone else (self.x, *self.between, self.y)
 
     def __len__(self): return len(self.x)
 
     def __getitem__(self,
-                    i): # int, slice, range, or int64 Tensor (k,)
-        "The tuple `(x, y)` at `i`. A slice or range gives views, an index tensor copies."
-        if isinstance(i, range): i = slice(i.start, i.stop, i.step)
-        if not isinstance(i, Tensor): return self.x[i], self.y[i]
-        i = i.to(self.x.device)
-        return self.x.index_select(0, i), self.y.index_select(0, i)
+                    i): # int, slice, mask, or indices: list, range, array, Tensor; negative from the end
+        "The tuple of all tensors at `i`. An int or a slice gives views, a batch of indices or a mask copies."
+        if isinstance(i, range) and i.step == 1 and 0 <= i.start <= i.stop <= len(self):
+            return tuple([t[i.start:i.stop].clone() for t in self.tensors])
+        if isinstance(i, (range, list, np.ndarray)): i = _as_index(i)
+        if isinstance(i, Tensor) and i.ndim: return tuple([_rows(t, i) for t in self.tensors])
+        return tuple([t[i].clone() if self.read_only else t[i] for t in self.tensors])
+
+# %% ../nbs/04_training.ipynb #040169
+def _as_index(i):
+    "A range, list or array of indices, or a mask, as a tensor; raises `IndexError` for anything else."
+    i = np.asarray(i)
+    if i.dtype.kind not in 'biu' and i.size:
+        raise IndexError(f'expected integers or a mask, got an index of {i.dtype}')
+    return torch.from_numpy(i.astype(bool if i.dtype.kind == 'b' else np.int64))
+
+def _rows(t, i):
+    "The rows of `t` at the index tensor `i`, copied."
+    plain = i.ndim == 1 and i.dtype in (torch.int64, torch.int32) and i.is_cpu
+    if plain and t.is_cpu:
+        try: return t.index_select(0, i)
+        except (IndexError, NotImplementedError): return t[i]
+    if plain and len(i):
+        low, high = (int(o) for o in i.aminmax())
+        if not -len(t) <= low <= high < len(t):
+            raise IndexError(f'expected indices in {-len(t)} to {len(t) - 1}, got {low} to {high}')
+        if low >= 0: return t.index_select(0, i.to(t.device))
+    return t[i.to(t.device)]
 
 # %% ../nbs/04_training.ipynb #040065
+def _whole_number(value, least, what):
+    "`value` as an int; raises `ValueError` unless it is a whole number, at least `least`, and no bool."
+    flag = isinstance(value, bool) or getattr(value, 'dtype', None) is torch.bool
+    try: number = operator.index(value)
+    except TypeError: number = None
+    if flag or number is None or number < least:
+        raise ValueError(f'expected {what} of at least {least}, a whole number, got {value!r}')
+    return number
+
 class Sampler:
     "Batches of indices: every index of `range(n)` once an epoch."
     def __init__(self,
@@ -74,8 +141,8 @@ class Sampler:
                  shuffle:bool=False, # a new random order each epoch
                  drop_last:bool=False, # leave out a last batch shorter than `bs`
                  seed:int=None): # of its own generator; None: drawn from torch's
-        if bs < 1: raise ValueError(f'expected a batch size of at least 1, got {bs}')
-        self.n, self.bs, self.shuffle, self.drop_last = n, bs, shuffle, drop_last
+        self.n, self.bs = _whole_number(n, 0, 'a length'), _whole_number(bs, 1, 'a batch size')
+        self.shuffle, self.drop_last = shuffle, drop_last
         self.generator = torch.Generator()
         self.generator.manual_seed(torch.randint(2**62, ()).item() if seed is None else seed)
 
@@ -86,33 +153,133 @@ class Sampler:
         for i in range(0, len(self)*self.bs, self.bs): yield order[i:i + self.bs]
 
 # %% ../nbs/04_training.ipynb #040070
+def _fields(item):
+    "What an item consists of: so many fields, or these keys, or itself."
+    if isinstance(item, (tuple, list)): return len(item)
+    return set(item) if isinstance(item, Mapping) else None
+
+def _collate_field(field):
+    if isinstance(field[0], Mapping): return collate(field)
+    if isinstance(field[0], (Tensor, float, int)): field = [torch.as_tensor(o) for o in field]
+    return default_collate(field)
+
 def collate(items:list, # what a dataset returned for each index, at least one
-           ) -> tuple: # one tensor a field, with a new first dimension
-    "Stack a list of items into a batch, field by field."
-    if not isinstance(items[0], (tuple, list)): return torch.utils.data.default_collate(items)
-    return tuple(torch.stack([torch.as_tensor(o) for o in field]) for field in zip(*items))
+           ) -> tuple: # one tensor a field, with a new first dimension; a dict if the items are dicts
+    "Stack items into a batch, as torch's `default_collate`; raises `ValueError` if their fields differ."
+    if not items: raise ValueError('expected at least one item, got none')
+    first, *others = [_fields(item) for item in items]
+    for i, other in enumerate(others, 1):
+        if other != first:
+            raise ValueError(f'expected items of equal fields, got {first} in item 0 and {other} in item {i}')
+    if not isinstance(items[0], (tuple, list)): return default_collate(items)
+    batch = [_collate_field(field) for field in zip(*items)]
+    return type(items[0])(*batch) if hasattr(items[0], '_fields') else tuple(batch)
 
 # %% ../nbs/04_training.ipynb #040075
 class DataLoader:
-    "Batches of a dataset: a `Dataset` is indexed once a batch; others, and all with workers, go to torch's DataLoader."
+    "Batches of a dataset: a `Dataset` is indexed a batch at a time, all else is left to torch's loader."
     def __init__(self,
-                 ds, # `Dataset`, or anything with a length and an int index
+                 ds, # `Dataset`, or anything with a length and an int index, or an IterableDataset
                  bs:int=64, # batch size, at least 1; raises `ValueError` otherwise
                  shuffle:bool=False, # a new random order each epoch
                  drop_last:bool=False, # leave out a last batch shorter than `bs`
                  seed:int=None, # of the sampler's own generator; None: drawn from torch's
                  num_workers:int=0, # worker processes; they don't pay for data in memory
-                 collate_fn=collate): # list of items -> batch; not needed for a `Dataset` without workers
-        self.ds, self.num_workers, self.collate_fn = ds, num_workers, collate_fn
-        self.sampler = Sampler(len(ds), bs, shuffle, drop_last, seed)
+                 collate_fn=collate, # list of items -> batch; None: `collate`
+                 **options): # torch's: sampler, batch_sampler, generator, pin_memory, persistent_workers, ...
+        self.ds, self.drop_last, self.options, self._kept = ds, drop_last, _given_options(options), None
+        self.bs = _whole_number(bs, 1, 'a batch size')
+        self.num_workers = _whole_number(num_workers, 0, 'a number of workers')
+        self.collate_fn = collate if collate_fn is None else collate_fn
+        self.generator = options.get('generator')
+        self.sampler, self.batches = _order(ds, self.bs, shuffle, drop_last, seed, self.options)
+        if not self._plain(): self._torch_loader()  # which refuses at once what does not go together
 
-    def __len__(self): return len(self.sampler)
+    @property
+    def dataset(self): return self.ds # its name in torch
+
+    @property
+    def batch_size(self): return self.bs # its name in torch
+
+    def _plain(self): return self._at_once() and not self.num_workers and not self.options
+
+    def _at_once(self):
+        "Whether the dataset can be indexed by a whole batch."
+        plain = getattr(type(self.ds), '__getitem__', None) is Dataset.__getitem__
+        return plain and self.collate_fn is collate and not hasattr(self.ds, '__getitems__')
+
+    def __len__(self): return len(self._torch_loader() if self.batches is None else self.batches)
 
     def __iter__(self):
-        if isinstance(self.ds, Dataset) and not self.num_workers: return map(self.ds.__getitem__, self.sampler)
-        batches = [list(map(int, idxs)) for idxs in self.sampler]
-        return iter(torch.utils.data.DataLoader(self.ds, batch_sampler=batches, num_workers=self.num_workers,
-                                                collate_fn=self.collate_fn))
+        if self._plain(): return map(self.ds.__getitem__, self.batches)
+        return self._keep_workers() if 'persistent_workers' in self.options else iter(self._torch_loader())
+
+# %% ../nbs/04_training.ipynb #040175
+def _order(ds, bs, shuffle, drop_last, seed, options):
+    "The sampler of a loader, and the batches of indices from it; None and None where the dataset decides."
+    given = [name for name in ('sampler', 'batch_sampler') if name in options]
+    if shuffle: given.append('shuffle=True')
+    if isinstance(ds, IterableDataset):
+        if given: raise ValueError(f'an IterableDataset has an order of its own: expected no {given[0]}')
+        return None, None
+    if len(given) > 1: raise ValueError(f'expected one of sampler, batch_sampler, shuffle=True, got {given}')
+    sampler, batch_sampler = options.get('sampler'), options.get('batch_sampler')
+    if shuffle and 'generator' in options: sampler = RandomSampler(ds, generator=options['generator'])
+    if seed is not None and (sampler is not None or batch_sampler is not None):
+        raise ValueError(f'expected no seed beside a sampler or generator, got {seed}')
+    if batch_sampler is not None:
+        if drop_last or bs != 64:
+            raise ValueError(f'expected no bs, drop_last beside a batch_sampler, got {bs}, {drop_last}')
+        return getattr(batch_sampler, 'sampler', batch_sampler), batch_sampler
+    if sampler is not None: return sampler, BatchSampler(sampler, bs, drop_last)
+    if not hasattr(ds, '__len__'):
+        raise ValueError(f'expected a dataset with a length, or an IterableDataset, got {type(ds).__name__}')
+    sampler = Sampler(len(ds), bs, shuffle, drop_last, seed)
+    return sampler, sampler
+
+# %% ../nbs/04_training.ipynb #040177
+_TORCHS = inspect.signature(torch.utils.data.DataLoader).parameters
+_OURS = {'dataset': 'ds', 'batch_size': 'bs'} | {name: name for name in (  # torch's name -> ours
+    'shuffle', 'drop_last', 'num_workers', 'collate_fn')}
+
+def _given_options(options):
+    "The options that are more than torch's defaults; raises `TypeError` for names that torch doesn't know."
+    for name in options:
+        if name in _OURS: raise TypeError(f'expected {_OURS[name]}, which is the name of {name} here')
+        if name not in _TORCHS:
+            raise TypeError(f"expected an option in {sorted(_TORCHS.keys() - _OURS)}, got {name!r}")
+    return {name: value for name, value in options.items() if value is not _TORCHS[name].default}
+
+class _IndexLists:
+    "Batches of indices as lists of ints, which every dataset and every process understands."
+    def __init__(self, sampler): self.sampler = sampler
+    def __len__(self): return len(self.sampler)
+    def __iter__(self):
+        for idxs in self.sampler: yield [int(i) for i in idxs]
+
+def _same(batch): return batch
+
+@patch
+def _torch_loader(self:DataLoader):
+    "A loader of torch's that gives our batches."
+    options = {k: v for k, v in self.options.items() if k not in ('sampler', 'batch_sampler')}
+    batches = _IndexLists(self.batches) if isinstance(self.batches, Sampler) else self.batches
+    if self.batches is None: options |= dict(batch_size=self.bs, drop_last=self.drop_last)
+    elif self._at_once(): options |= dict(batch_size=None, sampler=batches)
+    else: options |= dict(batch_sampler=batches)
+    options['collate_fn'] = _same if self._at_once() else self.collate_fn
+    return torch.utils.data.DataLoader(self.ds, num_workers=self.num_workers, **options)
+
+# %% ../nbs/04_training.ipynb #040194
+@patch
+def _keep_workers(self:DataLoader):
+    "An epoch of the loader whose workers live on."
+    loader, self._kept = self._kept or self._torch_loader(), None
+    try: yield from loader
+    finally: self._kept = loader
+
+@patch
+def __getstate__(self:DataLoader): return {**vars(self), '_kept': None}  # processes can't be copied
 
 # %% ../nbs/04_training.ipynb #040087
 @torch.no_grad()
@@ -138,10 +305,12 @@ def get_dls(train_ds, # `Dataset` to train on: shuffled, without a short last ba
             bs:int=64, # training batch size, at least 1; validation takes twice as many
             seed:int=None, # of the shuffling; None: drawn from torch's generator
             num_workers:int=0, # worker processes for each
+           **options, # of both loaders: pin_memory, persistent_workers, ...
            ) -> tuple: # (train_dl, valid_dl)
     "A pair of `DataLoader`s, to train and to validate."
-    return (DataLoader(train_ds, bs, shuffle=True, drop_last=True, seed=seed, num_workers=num_workers),
-            DataLoader(valid_ds, bs*2, num_workers=num_workers))
+    options['num_workers'] = num_workers
+    train_dl = DataLoader(train_ds, bs, shuffle=True, drop_last=True, seed=seed, **options)
+    return train_dl, DataLoader(valid_ds, bs*2, **options)
 
 def get_model(n_in:int=784, # features of a row
               nh:int=50, # hidden units
@@ -161,7 +330,7 @@ def train_epoch(model:nn.Module, # put into training mode
     "Once through `dl`, a step a batch; raises `ValueError` if it is empty."
     model.train()
     total, n = 0, 0
-    for xb, yb in tqdm(dl, leave=False, disable=None):
+    for xb, yb in tqdm(dl, leave=False, disable=not is_terminal(sys.stderr)):
         loss = loss_func(model(xb), yb)
         loss.backward()
         opt.step()
@@ -176,8 +345,8 @@ Row = namedtuple('Row', 'epoch train_loss valid_loss accuracy seconds')
 
 def print_row(row:Row): # figures of one epoch
     "Print a line of the table, and before the first epoch's its heading."
-    if row.epoch == 0: print('epoch  train_loss  valid_loss  accuracy  seconds')
-    print('{:5}  {:10.4f}  {:10.4f}  {:8.4f}  {:7.1f}'.format(*row), flush=True)
+    if row.epoch == 0: say('epoch  train_loss  valid_loss  accuracy  seconds')
+    say('{:5}  {:10.4f}  {:10.4f}  {:8.4f}  {:7.1f}'.format(*row))
 
 # %% ../nbs/04_training.ipynb #040098
 def fit(epochs:int, # passes over `train_dl`, at least 1

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'STEPS', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'Callback', 'Learner', 'as_list', 'whole_number',
-           'Metric', 'Accuracy', 'Loss', 'n_rows', 'Metrics', 'Recorder', 'get_momentum', 'StopOnNaN', 'Progress',
-           'to_device', 'Device', 'load_opt_state', 'GradientClip', 'GradientAccumulation', 'OverfitOneBatch',
-           'MixedPrecision', 'Compile', 'confusion_matrix']
+           'Metric', 'Accuracy', 'Loss', 'n_rows', 'weigher', 'Metrics', 'Recorder', 'get_momentum', 'StopOnNaN',
+           'Progress', 'map_nest', 'to_device', 'Device', 'load_opt_state', 'GradientClip', 'GradientAccumulation',
+           'OverfitOneBatch', 'MixedPrecision', 'Compile', 'confusion_matrix']
 
 # %% ../nbs/10_learner.ipynb #100004
 import copy, csv, dataclasses, html, inspect, itertools, math, os, re, sys, time, traceback, warnings
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from tqdm import tqdm
 from .nb_00 import default_device, is_terminal, say, show_images
-from .nb_03 import accuracy
+from .nb_03 import accuracy, cross_entropy, nll
 
 # %% ../nbs/10_learner.ipynb #100030
 EVENTS = ('before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_loss', 'after_backward', 'after_step',
@@ -38,8 +38,8 @@ class CancelFit(Exception): "Raise it in a callback to end the fit after its cle
 STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
 
 _WORDS = (  # what the names of other libraries speak of, and the event here
-    ('exception|interrupt', 'cleanup_fit'), ('valid|val_|test|eval|loader|before_train$|after_train$', '{}_fit or around_pass'),
-    ('optimizer|backward|grad', 'after_backward'), ('loss', 'after_loss'), ('pred|forward', 'after_predict'),
+    ('exception|interrupt|cancel', 'cleanup_fit'), ('before_step|optimizer|backward|grad', 'after_backward'), ('valid|val_|test|eval|loader|before_train$|after_train$', '{}_fit or around_pass'),
+    ('loss', 'after_loss'), ('pred|forward', 'after_predict'),
     ('epoch', '{}_epoch'), ('batch|iter|step', '{}_batch'), ('', '{}_fit'))
 
 def _event_here(name):
@@ -109,7 +109,7 @@ class Learner:
         self.results = {}  # of the last epoch, name -> number
         self.depth = 0     # 1 in a fit, 2 in a fit or a pass within it
         self.fitting, self.failed, self.asks_closure, self.max_batches = False, False, False, None
-        self._made, self._told = None, []
+        self._made, self._told, self._weigher = None, [], (None, None)
 
     @property
     def xb(self): return _fields(self.batch, 2)[:-1]
@@ -459,7 +459,7 @@ class Metric:
     def __init__(self,
                  func, # (predictions, targets) -> mean over the rows of a batch: a number, or a dict of numbers
                  name:str=None): # heading of its column; None: the function's name
-        self.func, self.rows = func, None
+        self.func, self.weigher, self.rows = func, weigher(func), None
         self.name = name or getattr(getattr(func, 'func', func), '__name__', type(func).__name__)
         self.reset()
 
@@ -494,9 +494,8 @@ class Metric:
     def update(self, pred, target): self.add(self.func(pred, target), self.weigh(pred, target))
 
     def weigh(self, pred, target):
-        "Over how much the function's mean goes: rows, or what its attribute `weight_of` says."
-        weight_of = getattr(self.func, 'weight_of', None)
-        if weight_of: return weight_of(pred, target)
+        "Over how much the function's mean goes: what `weigher` says, else the rows."
+        if self.weigher: return self.weigher(pred, target)
         return n_rows(target, [pred]) if self.rows is None else self.rows
 
     def accumulate(self, learn):
@@ -530,9 +529,9 @@ def _as_number(value, name):
 
 def _stacked(numbers):
     "Numbers and 0-d tensors as one tensor, without waiting for a device."
-    devices = [n.device for n in numbers if isinstance(n, Tensor)]
+    devices = {n.device for n in numbers if isinstance(n, Tensor)}
     if not devices: return torch.tensor(numbers)
-    return torch.stack([torch.as_tensor(n, device=devices[0]).float() for n in numbers])
+    return torch.stack([n if isinstance(n, Tensor) else torch.tensor(n, device=next(iter(devices))) for n in numbers])
 
 # %% ../nbs/10_learner.ipynb #100206
 def n_rows(target, # of a batch: a Tensor, or a nest of dicts, tuples and lists
@@ -561,23 +560,29 @@ def _row_counts(value):
     return {len(value)} | (sizes - {None} if all_alike else set())
 
 # %% ../nbs/10_learner.ipynb #100207
-@patch
-def loss_weight(self:Learner): # a number, or a 0-d Tensor
-    """Over how much the loss of the batch is a mean: its rows, or what the loss function's `weight_of(pred, target)` says.
-    The cross-entropies of PyTorch count the targets that they don't ignore, by their class weights."""
-    loss_func = self.loss_func
-    weight_of = getattr(loss_func, 'weight_of', None) or _WEIGHTS.get(loss_func) or _WEIGHTS.get(type(loss_func))
-    if not weight_of: return self.n_rows()
-    return weight_of(self.pred, self.yb) if hasattr(loss_func, 'weight_of') else weight_of(loss_func, self.pred, self.yb)
+def weigher(func): # a loss function or a metric: (predictions, targets) -> mean
+    """A function of predictions and targets that says over how much the mean of `func` goes; None for rows. It is the
+    attribute `weight_of` of `func`; cross-entropies and accuracy count the targets they don't ignore, by class weights."""
+    if hasattr(func, 'weight_of'): return func.weight_of
+    kind = func.func if isinstance(func, partial) else type(func) if isinstance(func, nn.Module) else func
+    if not any(kind is known for known in _COUNTING): return None
+    options = func.keywords if isinstance(func, partial) else vars(func) | getattr(func, '_buffers', {})
+    return partial(_counted, options.get('ignore_index', -100), options.get('weight'))
 
-def _counted(loss_func, pred, target):
-    "The sum of the weights of all targets that cross-entropy counts."
+def _counted(ignore_index, weight, pred, target):
+    "The sum of the weights of all targets that count."
     if not isinstance(target, Tensor) or target.is_floating_point(): return n_rows(target, [pred])
-    counts = target.ne(getattr(loss_func, 'ignore_index', -100))
-    weight = getattr(loss_func, 'weight', None)
+    counts = target.ne(ignore_index)
     return counts.count_nonzero() if weight is None else (weight[target.where(counts, 0)]*counts).sum()
 
-_WEIGHTS = {kind: _counted for kind in (F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss)}
+_COUNTING = F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss, cross_entropy, nll, accuracy
+
+@patch
+def loss_weight(self:Learner): # a number, or a 0-d Tensor
+    "Over how much the loss of the batch is a mean: what `weigher` says of the loss function, else the rows."
+    if self._weigher[0] is not self.loss_func: self._weigher = self.loss_func, weigher(self.loss_func)
+    weigh = self._weigher[1]
+    return weigh(self.pred, self.yb) if weigh else self.n_rows()
 
 # %% ../nbs/10_learner.ipynb #100071
 class Metrics(Callback):
@@ -838,8 +843,8 @@ class _Bar(_Lines):
         self.bar.update(learn.iter + 1 - self.bar.n)
 
     def close(self):
-        bar, self.bar = self.bar, None
-        if bar is not None: bar.close()
+        if self.bar is not None: self.bar.close()
+        self.bar = None
 
     def row(self, row):
         self.close()
@@ -907,8 +912,9 @@ class Progress(Callback):
         "A screen that has gone, or can't show a letter, doesn't end the fit; lines take its place."
         try: draw(*what)
         except (OSError, ValueError, AttributeError):
-            rows, self.screen, self.next = self.screen.rows, _Lines(), math.inf
-            self.screen.rows = rows
+            gone, self.screen, self.next = self.screen, _Lines(), math.inf
+            self.screen.rows = gone.rows
+            if getattr(gone, 'bar', None) is not None: gone.bar.disable = True  # or tqdm tries again
 
 Learner.default_cbs += (Progress,)
 
@@ -940,6 +946,53 @@ def _for_passes(self:Learner):
     "The callbacks that take part in a pass outside of a fit, or within one."
     return self.cbs + [cb for cb in self.running if cb.everywhere and not any(cb is own for own in self.cbs)]
 
+# %% ../nbs/10_learner.ipynb #100210
+def map_nest(func, # leaf -> its new value
+             value): # a nest of mappings, tuples, lists and dataclasses; anything else, and what has `to`, is a leaf
+    "The same nest, of the same types, with `func` of every leaf."
+    if hasattr(value, 'to') or isinstance(value, type): return func(value)
+    if isinstance(value, Mapping): return _like(value, {k: map_nest(func, v) for k, v in value.items()})
+    if isinstance(value, tuple) and hasattr(value, '_fields'): return type(value)(*[map_nest(func, v) for v in value])
+    if isinstance(value, (tuple, list)): return type(value)(map_nest(func, v) for v in value)
+    if not dataclasses.is_dataclass(value): return func(value)
+    new = copy.copy(value)
+    for f in dataclasses.fields(value): object.__setattr__(new, f.name, map_nest(func, getattr(value, f.name)))
+    return new
+
+def _like(mapping, items):
+    "A mapping of the same type with other values."
+    try:
+        new = copy.copy(mapping)
+        for k, v in items.items(): new[k] = v
+        return new
+    except TypeError: return items  # it can't be changed
+
+def _float32(value):
+    "Half precision as float32, leaf by leaf."
+    def widen(leaf): return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in half else leaf
+    half = torch.float16, torch.bfloat16
+    return map_nest(widen, value)
+
+def _joined(parts, name):
+    "The values of all batches as one, leaf by leaf."
+    first = parts[0]
+    if isinstance(first, Tensor):
+        if not first.ndim: return torch.stack(parts)
+        try: return torch.cat(parts)
+        except RuntimeError: shapes = sorted({tuple(p.shape) for p in parts})
+        raise ValueError(f'expected {name} of one shape in all batches, got {", ".join(map(str, shapes[:3]))}')
+    if isinstance(first, Mapping): return _like(first, {k: _joined([p[k] for p in parts], f'{name}[{k!r}]') for k in first})
+    if isinstance(first, (tuple, list)):
+        if isinstance(first, list) and not _is_several(parts): return [row for part in parts for row in part]
+        fields = [_joined(list(field), f'{name}[{i}]') for i, field in enumerate(zip(*parts, strict=True))]
+        return type(first)(*fields) if hasattr(first, '_fields') else type(first)(fields)
+    return None if first is None else parts
+
+def _is_several(parts):
+    "Whether the lists of all batches hold one tensor a target, rather than one item a row."
+    if any(len(p) != len(parts[0]) for p in parts): return False
+    return all(isinstance(t, Tensor) and t.ndim for p in parts for t in p) and all(len({len(t) for t in p}) == 1 for p in parts)
+
 # %% ../nbs/10_learner.ipynb #100209
 @patch
 def get_preds(self:Learner,
@@ -968,6 +1021,21 @@ def _own_batches(learn):
     "Whether the Learner takes inputs and targets from its batches in a way of its own."
     return any(getattr(type(learn), name) is not getattr(Learner, name) for name in ('xb', 'yb'))
 
+# %% ../nbs/10_learner.ipynb #100211
+@patch
+def predict_inputs(self:Learner,
+                   *inputs): # for the model: Tensors, arrays or lists of numbers, or whatever it takes
+    "Predictions for one batch of inputs, in evaluation mode and without gradients: what `predict(x)` gives."
+    collect, batch = _Collect(), inputs[0] if _own_batches(self) else (*map(_as_input, inputs), None)
+    with self._running(self._for_passes() + [collect]): self._one_pass([batch], training=False)
+    return collect.preds[0]
+
+def _as_input(value):
+    "An array or a list of numbers as a Tensor, on the model's device if it has one; float64 as the default dtype."
+    if not isinstance(value, (np.ndarray, np.generic, list)): return value
+    value = torch.as_tensor(np.asarray(value))
+    return value.to(torch.get_default_dtype()) if value.is_floating_point() else value
+
 # %% ../nbs/10_learner.ipynb #100213
 @patch
 def freeze_to(self:Learner,
@@ -989,76 +1057,14 @@ def _parts(model):
     parts = [m for m in model.children() if any(True for p in m.parameters())]
     return _parts(parts[0]) if len(parts) == 1 and [*parts[0].children()] else parts or [model]
 
-# %% ../nbs/10_learner.ipynb #100210
-def _nest(func, value):
-    "`func` of every Tensor in a nest of mappings, tuples, lists and dataclasses, which keep their types."
-    if isinstance(value, Tensor): return func(value)
-    if isinstance(value, Mapping): return _like(value, {k: _nest(func, v) for k, v in value.items()})
-    if isinstance(value, tuple) and hasattr(value, '_fields'): return type(value)(*[_nest(func, v) for v in value])
-    if isinstance(value, (tuple, list)): return type(value)(_nest(func, v) for v in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = copy.copy(value)
-        for f in dataclasses.fields(value): object.__setattr__(new, f.name, _nest(func, getattr(value, f.name)))
-        return new
-    return value
-
-def _like(mapping, items):
-    "A mapping of the same type with other values."
-    try:
-        new = copy.copy(mapping)
-        for k, v in items.items(): new[k] = v
-        return new
-    except TypeError: return items  # it can't be changed
-
-def _float32(value):
-    "Half precision as float32, leaf by leaf."
-    return _nest(lambda t: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t, value)
-
-def _joined(parts, name):
-    "The values of all batches as one, leaf by leaf."
-    first = parts[0]
-    if isinstance(first, Tensor):
-        if not first.ndim: return torch.stack(parts)
-        try: return torch.cat(parts)
-        except RuntimeError: shapes = sorted({tuple(p.shape) for p in parts})
-        raise ValueError(f'expected {name} of one shape in all batches, got {", ".join(map(str, shapes[:3]))}')
-    if isinstance(first, Mapping): return _like(first, {k: _joined([p[k] for p in parts], f'{name}[{k!r}]') for k in first})
-    if isinstance(first, (tuple, list)):
-        if isinstance(first, list) and not _is_several(parts): return [row for part in parts for row in part]
-        fields = [_joined(list(field), f'{name}[{i}]') for i, field in enumerate(zip(*parts, strict=True))]
-        return type(first)(*fields) if hasattr(first, '_fields') else type(first)(fields)
-    return None if first is None else parts
-
-def _is_several(parts):
-    "Whether the lists of all batches hold one tensor a target, rather than one item a row."
-    if any(len(p) != len(parts[0]) for p in parts): return False
-    return all(isinstance(t, Tensor) and t.ndim for p in parts for t in p) and all(len({len(t) for t in p}) == 1 for p in parts)
-
-# %% ../nbs/10_learner.ipynb #100211
-@patch
-def predict_inputs(self:Learner,
-                   *inputs): # for the model: Tensors, arrays or lists of numbers, or whatever it takes
-    "Predictions for one batch of inputs, in evaluation mode and without gradients: what `predict(x)` gives."
-    collect, batch = _Collect(), inputs[0] if _own_batches(self) else (*map(_as_input, inputs), None)
-    with self._running(self._for_passes() + [collect]): self._one_pass([batch], training=False)
-    return collect.preds[0]
-
-def _as_input(value):
-    "An array or a list of numbers as a Tensor, on the model's device if it has one; float64 as the default dtype."
-    if not isinstance(value, (np.ndarray, np.generic, list)): return value
-    value = torch.as_tensor(np.asarray(value))
-    return value.to(torch.get_default_dtype()) if value.is_floating_point() else value
-
 # %% ../nbs/10_learner.ipynb #100108
-def to_device(batch, # a Tensor, or a nest of mappings, lists, tuples and objects with `to`; anything else stays as it is
+def to_device(batch, # a Tensor, or a nest of mappings, lists, tuples, dataclasses and objects with `to`
               device): # where to
-    "The same nest with its tensors on `device`."
-    if isinstance(batch, Tensor): return batch.to(device, non_blocking=True)
-    if hasattr(batch, 'to') and not isinstance(batch, (type, nn.Module)): return batch.to(device)
-    if isinstance(batch, Mapping): return _like(batch, {k: to_device(v, device) for k, v in batch.items()})
-    if isinstance(batch, tuple) and hasattr(batch, '_fields'): return type(batch)(*[to_device(v, device) for v in batch])
-    if isinstance(batch, (tuple, list)): return type(batch)(to_device(v, device) for v in batch)
-    return batch
+    "The same nest with its tensors on `device`; whatever can't be moved stays as it is."
+    def move(value):
+        if isinstance(value, Tensor): return value.to(device, non_blocking=True)
+        return value.to(device) if hasattr(value, 'to') else value
+    return map_nest(move, batch)
 
 class Device(Callback):
     "Trains and evaluates on `device`: moves the model there, and every batch."
@@ -1103,7 +1109,7 @@ class GradientClip(Callback):
 # %% ../nbs/10_learner.ipynb #100118
 class GradientAccumulation(Callback):
     "Makes one step of `n` batches, as if they were one; needs a loss that is a mean, over rows or what it says."
-    order = -10
+    order, batches, weight, open = -10, 0, 0, False
     def __init__(self, n:int): # batches a step, at least 1
         self.n = whole_number(n, 'n, the batches a step,')
 
@@ -1112,16 +1118,18 @@ class GradientAccumulation(Callback):
         self.forget()
         self.backward, learn.backward = learn.backward, partial(self.weighted_backward, learn)
 
-    def forget(self): self.batches, self.weight = 0, 0
+    def forget(self): self.batches, self.weight, self.open = 0, 0, False
 
     def weighted_backward(self, learn):
-        if not self.batches: learn.zero_grad()  # of a batch that another callback has skipped after its backward
+        if not self.batches: learn.zero_grad()  # what a batch left that was thrown away after its backward
         loss, weight = learn.loss, learn.loss_weight()
-        learn.loss, self.batches, self.weight = loss*weight, self.batches + 1, self.weight + weight
+        learn.loss, self.open = loss*weight, True
+        self.batches, self.weight = self.batches + 1, self.weight + weight
         self.backward()
         learn.loss = loss
 
     def after_backward(self, learn):
+        self.open = False
         if self.batches < self.n and learn.iter + 1 != learn.n_iter: raise CancelBatch
         self.divide(learn)
 
@@ -1129,6 +1137,9 @@ class GradientAccumulation(Callback):
         grads = [p.grad for m in learn.modules for p in m.parameters() if p.grad is not None]
         torch._foreach_div_(grads, self.weight)
         self.forget()
+
+    def cleanup_batch(self, learn):  # another callback has thrown the batch away: its gradient goes, and those it is among
+        if self.open: self.forget()
 
     @contextmanager
     def around_pass(self, learn):
@@ -1283,6 +1294,10 @@ def show_results(self:Learner,
         x = _leaves(tuple(self.xb))[0]
     return show_images([_image(im) for im in x[:n]], list(titles), ncols=5)
 
+def _row(nest, i):
+    "A batch of one row."
+    return map_nest(lambda t: t[i:i + 1] if isinstance(t, Tensor) else t, nest)
+
 @patch
 def top_losses(self:Learner,
                n:int=10, # rows
@@ -1292,7 +1307,7 @@ def top_losses(self:Learner,
     pred, target = self.get_preds(dl)
     rows = range(n_rows(target, [pred]))
     with torch.no_grad():
-        losses = torch.stack([self.loss_func(*(_nest(lambda t: t[i:i + 1], v) for v in (pred, target))) for i in rows])
+        losses = torch.stack([self.loss_func(_row(pred, i), _row(target, i)) for i in rows])
     return losses.topk(min(whole_number(n, 'n'), len(losses)))
 
 # %% ../nbs/10_learner.ipynb #100139

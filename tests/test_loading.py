@@ -1,9 +1,10 @@
 "Samplers and loaders: which rows, in which order, the same as torch's on the same order."
+import io, sys
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
-from exp.nb_04 import DataLoader, Dataset, Sampler, collate, fit, get_dls, get_model, train_epoch, validate
+from exp.nb_04 import DataLoader, Dataset, Sampler, collate, fit, get_dls, get_model, print_row, train_epoch, validate
 
 relaxed = settings(deadline=None, derandomize=True, max_examples=100)
 sizes, batches, seeds = st.integers(0, 200), st.integers(1, 70), st.integers(0, 2**32)
@@ -139,3 +140,29 @@ def test_no_batches_is_an_error_that_says_so():
     _, model, opt = little()
     empty, _ = get_dls(Dataset(torch.randn(3, 4), torch.zeros(3).long()), [], 8)
     with pytest.raises(ValueError, match='drop_last'): train_epoch(model, torch.nn.functional.cross_entropy, opt, empty)
+
+
+class Gone(io.StringIO):
+    "A screen that nobody reads any more."
+    encoding = 'ascii'
+    def isatty(self): return False
+    def write(self, text): raise BrokenPipeError
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize('screen', [lambda: None, closed, Gone, lambda: io.TextIOWrapper(io.BytesIO(), encoding='ascii')],
+                         ids=['none', 'closed', 'gone', 'ascii'])
+def test_a_fit_does_not_depend_on_its_screen(screen, monkeypatch):
+    expected = run = None
+    for stream in ('as it is', 'replaced'):
+        if stream == 'replaced':
+            for name in ('stdout', 'stderr'): monkeypatch.setattr(sys, name, screen())
+        dls, model, opt = little()
+        expected, run = run, fit(2, model, torch.nn.functional.cross_entropy, opt, *dls, log=print_row)
+    monkeypatch.undo()
+    assert run == expected

@@ -118,7 +118,7 @@ def test_targets_that_do_not_fit(loss, target, words):
 
 
 @pytest.mark.parametrize('loss', [nll, cross_entropy])
-@pytest.mark.parametrize('wrong', [-1, 3, -100])
+@pytest.mark.parametrize('wrong', [-1, 3, -99])
 def test_classes_out_of_range(loss, wrong):
     with pytest.raises(ValueError, match=f'in 0 to 2, got {min(wrong, 0)} to {max(wrong, 0)}'): loss(torch.randn(2, 3), torch.tensor([0, wrong]))
 
@@ -126,3 +126,97 @@ def test_classes_out_of_range(loss, wrong):
 def test_unknown_reduction_and_smoothing():
     with pytest.raises(ValueError, match="'mean', 'sum' or 'none', got 'avg'"): cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]), reduction='avg')
     with pytest.raises(ValueError, match='got 1.1'): cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]), label_smoothing=1.1)
+
+
+# positions that don't count, classes that count for more
+
+@st.composite
+def incomplete(draw, ignore=st.sampled_from([-100, -1, 0, 1])):
+    "Scores in float64, targets of which some are to be ignored, and what marks these."
+    x, dim = draw(scores(masked=False))
+    y, marker = targets(x, dim), draw(ignore)
+    share = draw(st.sampled_from([0., 0.3, 1.]))
+    return x.double(), y.masked_fill(torch.rand(y.shape) < share, marker), dim, dict(ignore_index=marker)
+
+
+@relaxed
+@given(incomplete(), reductions, st.booleans())
+def test_nll_of_incomplete_targets(case, reduction, weighted):
+    x, y, dim, kwargs = case
+    kwargs |= dict(reduction=reduction, weight=torch.rand(x.shape[dim]).double() if weighted else None)
+    same(lambda x: nll(x, y, dim, **kwargs).flatten(), lambda x: F.nll_loss(classes_second(x, dim), y.flatten(), **kwargs).flatten(), x, equal_nan=True)
+
+
+@relaxed
+@given(incomplete(), reductions, st.sampled_from([0., 0.1, 1.]), st.booleans())
+def test_cross_entropy_of_incomplete_targets(case, reduction, smoothing, weighted):
+    x, y, dim, kwargs = case
+    kwargs |= dict(reduction=reduction, label_smoothing=smoothing, weight=torch.rand(x.shape[dim]).double() if weighted else None)
+    same(lambda x: cross_entropy(x, y, dim, **kwargs).flatten(),
+         lambda x: F.cross_entropy(classes_second(x, dim), y.flatten(), **kwargs).flatten(), x, equal_nan=True)
+
+
+@relaxed
+@given(incomplete())
+def test_accuracy_of_incomplete_targets(case):
+    x, y, dim, kwargs = case
+    if x.shape[dim] == 1 and kwargs['ignore_index'] == 1: return
+    rows = [(int(row.argmax()), int(t)) for row, t in zip(classes_second(x, dim), y.flatten()) if t != kwargs['ignore_index']]
+    expected = sum(a == b for a, b in rows)/len(rows) if rows else float('nan')
+    assert_close(accuracy(x, y, dim, **kwargs), torch.tensor(expected), equal_nan=True)
+
+
+def test_minus_hundred_is_ignored_unless_told_otherwise():
+    x, y = torch.randn(4, 3, requires_grad=True), torch.tensor([0, -100, 2, -100])
+    assert_close(cross_entropy(x, y), F.cross_entropy(x, y))
+    assert_close(nll(log_softmax(x), y), F.nll_loss(F.log_softmax(x, -1), y))
+    assert accuracy(x, y) == accuracy(x[::2], y[::2])
+    for f in (nll, cross_entropy, accuracy):
+        with pytest.raises(ValueError, match='in 0 to 2, got -100 to 2'): f(x, y, ignore_index=-1)
+    assert cross_entropy(x, y.to(torch.int8)) == cross_entropy(x, y)
+    assert accuracy(torch.eye(200), torch.arange(200).to(torch.uint8)) == 1  # 156 is -100 in eight bits
+
+
+def test_when_nothing_counts():
+    x, y = torch.randn(4, 3, requires_grad=True), torch.full((4,), -100)
+    for kwargs in ({}, dict(weight=torch.rand(3)), dict(label_smoothing=0.1), dict(label_smoothing=0.1, weight=torch.rand(3))):
+        loss, torchs = cross_entropy(x, y, **kwargs), F.cross_entropy(x, y, **kwargs)
+        assert loss.isnan() and torchs.isnan() and cross_entropy(x, y, reduction='sum', **kwargs) == 0
+        assert torch.equal(*[torch.autograd.grad(l, x)[0] for l in (loss, torchs)])
+    assert accuracy(x, y).isnan()
+
+
+def test_class_weights_that_do_not_fit():
+    x, y = torch.randn(4, 3, 5), torch.randint(3, (4, 5))
+    for weight in (torch.ones(2), torch.ones(5), torch.ones(3, 1), torch.tensor(1.)):
+        for f in (nll, cross_entropy):
+            with pytest.raises(ValueError, match='a weight for each of 3 classes, got shape'): f(x, y, 1, weight=weight)
+    assert_close(cross_entropy(x, y, 1, weight=[1, 2, 3]), F.cross_entropy(x, y, weight=torch.tensor([1., 2, 3])))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_holds_the_sum_of_many_losses(dtype):
+    x, y = torch.randn(60_000, 10).to(dtype), torch.randint(10, (60_000,))
+    for kwargs in ({}, dict(weight=torch.rand(10).to(dtype)), dict(label_smoothing=0.1)):
+        assert_close(cross_entropy(x, y, **kwargs).float(), F.cross_entropy(x.float(), y, **{k: v.float() if k == 'weight' else v for k, v in kwargs.items()}),
+                     rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize('shape, dim', [((8, 1), -1), ((8, 1, 4), 1), ((1,), -1)], ids=str)
+def test_accuracy_of_one_column_is_refused(shape, dim):
+    target = torch.ones(torch.zeros(shape).select(dim, 0).shape).long()
+    with pytest.raises(ValueError, match='a score for each class, got one column'): accuracy(torch.randn(shape), target, dim)
+    if len(shape) > 1:
+        with pytest.raises(ValueError, match='one column'): accuracy(torch.randn(8, 1), torch.arange(8) % 2)
+
+
+@pytest.mark.parametrize('wrong', [-1, 3, -99])
+def test_accuracy_of_targets_outside_the_classes(wrong):
+    with pytest.raises(ValueError, match=f'in 0 to 2, got {min(wrong, 0)} to {max(wrong, 0)}'): accuracy(torch.randn(2, 3), torch.tensor([0, wrong]))
+    with pytest.raises(ValueError, match='in 0 to 2'): accuracy(torch.randn(2, 3, 4), torch.full((2, 4), wrong), 1)
+
+
+def test_no_look_at_the_values_on_a_device():
+    "The meta device has shapes and no values: whatever asks for one fails there."
+    out, target = torch.empty(8, 3, device='meta'), torch.empty(8, dtype=torch.long, device='meta')
+    assert accuracy(out, target).shape == () and cross_entropy(out, target, weight=torch.ones(3), label_smoothing=0.1).shape == ()
