@@ -44,6 +44,9 @@ check: .venv/.dev  ## clean, export, nothing out of step, lint, test
 	$(BIN)/python -m pyflakes exp/nb_*.py tests
 	$(MAKE) test
 
+student: .venv/.dev  ## write the notebooks without solutions, for a class, into student/
+	$(BIN)/python tests/exercises.py student nbs student
+
 bench: .venv/.dev  ## time the training loop, the Learner, the optimizers and the imports
 	$(BIN)/python tests/benchmarks/loop.py
 	$(BIN)/python tests/benchmarks/learner.py
@@ -68,4 +71,4 @@ bench-peers: .venv-bench/.done  ## time other training libraries side by side wi
 	$(BENCH_PIP) --no-deps fastai
 	@touch $@
 
-.PHONY: help train test lab run export check bench bench-peers
+.PHONY: help train test lab run export check student bench bench-peers

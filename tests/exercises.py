@@ -1,0 +1,125 @@
+"""The exercises of a notebook: what they are, whether they can be failed and passed, and the notebooks without solutions.
+
+`python tests/exercises.py student nbs student` writes the notebooks for a class; `... verdicts nbs/NN.ipynb` writes what the
+judge says of each wrong answer into the solutions.
+"""
+import json, re, sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STATEMENT = re.compile(r'^\*\*(\d+)\. (.+?)\*\* \((easy|medium|hard), (\d+) minutes?\)\.')
+SOLUTION = re.compile(r'^<details>\n<summary>(\d+)\. (.+?)</summary>')
+FENCE = re.compile(r'```python\n(.*?)```(?:\n\n> (.*?)\n)?', re.S)
+LEFT_OUT = re.compile(r'^\s*#\|\s*(slow|notest)\b', re.M)
+
+
+@dataclass
+class Exercise:
+    number: int
+    title: str
+    level: str
+    minutes: int
+    cells: list = field(default_factory=list)  # code: the stub first, the check last
+    place: int = 0                             # of the first of them in the notebook
+    solution: str = ''
+    wrong: list = field(default_factory=list)  # pairs (code, what the judge says)
+
+
+def source(cell): return ''.join(cell['source'])
+
+
+def read(cells):
+    "The exercises in a notebook's cells."
+    found, current = {}, None
+    for i, cell in enumerate(cells):
+        text = source(cell)
+        if cell['cell_type'] == 'code':
+            if current:
+                current.cells.append(text)
+                current.place = current.place or i
+            continue
+        current = None
+        if m := STATEMENT.match(text): current = found[m[1]] = Exercise(int(m[1]), m[2], m[3], int(m[4]))
+        if m := SOLUTION.match(text):
+            first, *wrong = FENCE.findall(text)
+            found[m[1]].solution, found[m[1]].wrong = first[0], wrong
+            assert found[m[1]].title == m[2], f'{m[2]}: another title than in the statement'
+    return list(found.values())
+
+
+class Kernel:
+    "Runs cells as a notebook does, and says what they print."
+    def __init__(self, folder):
+        from execnb.shell import CaptureShell
+        self.shell = CaptureShell(path=folder)
+
+    def run(self, text):
+        if LEFT_OUT.search(text): return ''
+        outputs = self.shell.run(text)
+        if self.shell.exc: raise self.shell.exc
+        return ''.join(''.join(o.get('text', '')) for o in outputs if o.get('output_type') == 'stream' and o.get('name') == 'stdout')
+
+
+def verdicts(cells, folder):
+    "(what was run, what the judge said, what was expected) for stub, solution and wrong answers, each after all cells above."
+    kernel, done = Kernel(folder), 0
+    for e in read(cells):
+        for cell in cells[done:e.place]:
+            if cell['cell_type'] == 'code': kernel.run(source(cell))
+        done = e.place + len(e.cells)
+        *before, check = e.cells
+        name = f'{e.number}. {e.title}'
+        for part in before: kernel.run(part)
+        yield f'{name}, stub', kernel.run(check), 'Not'
+        for i, (wrong, said) in enumerate(e.wrong):
+            kernel.run(wrong)
+            yield f'{name}, wrong answer {i + 1}', kernel.run(check), said or 'Not yet.'
+        kernel.run(e.solution)
+        yield f'{name}, solution', kernel.run(check), 'Passed'
+
+
+def faults(cells, folder):
+    "What is wrong with the exercises of a notebook, as text."
+    found, exercises = [], read(cells)
+    for e in exercises:
+        name = f'{e.number}. {e.title}'
+        if len(e.cells) < 2 or 'NotImplementedError' not in e.cells[0]: found.append(f'{name}: no stub, or no check')
+        elif 'judge(' not in e.cells[-1]: found.append(f'{name}: nobody judges')
+        if not e.solution or not e.wrong: found.append(f'{name}: no solution, or no wrong answer')
+    if found: return found
+    for what, said, expected in verdicts(cells, folder):
+        if not said.strip().startswith(expected) or said.count('\n') != 1: found.append(f'{what}: {said!r} instead of {expected!r}')
+    return found
+
+
+def student(notebook):
+    "The notebook without its solutions."
+    cells = notebook['cells']
+    end = next((i for i, c in enumerate(cells) if source(c).startswith('## Solutions')), len(cells))
+    return notebook | {'cells': cells[:end]}
+
+
+def write_verdicts(path):
+    "Put what the judge says of the wrong answers into the solutions of a notebook."
+    notebook = json.loads(path.read_text())
+    said = {what: text.strip() for what, text, _ in verdicts(notebook['cells'], path.parent)}
+    for cell in notebook['cells']:
+        if m := SOLUTION.match(text := source(cell)):
+            blocks = text.split('```python\n')
+            for i in range(2, len(blocks)):
+                code, after = blocks[i].split('```', 1)
+                after = re.sub(r'^\n\n> .*?\n', '\n', after)
+                blocks[i] = f'{code}```\n\n> {said[f"{m[1]}. {m[2]}, wrong answer {i - 1}"]}\n{after.removeprefix(chr(10))}'
+            cell['source'] = '```python\n'.join(blocks).splitlines(keepends=True)
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n')
+
+
+if __name__ == '__main__':
+    command, *args = sys.argv[1:]
+    if command == 'verdicts':
+        for path in map(Path, args): write_verdicts(path)
+    elif command == 'student':
+        folder, out = map(Path, args)
+        out.mkdir(exist_ok=True)
+        for path in sorted(folder.glob('*.ipynb')):
+            (out/path.name).write_text(json.dumps(student(json.loads(path.read_text())), indent=1, ensure_ascii=False) + '\n')
