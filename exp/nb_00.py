@@ -56,7 +56,7 @@ def set_up(threads:int=1): # how many of them compute
 
 # %% ../nbs/00_tools.ipynb #000050
 def describe(alt:str, # what the figure shows, in a sentence, for readers who can't see it
-             dpi:int=72): # of the figure as it is shown; the file has twice as many
+             dpi:int=90): # of the figure as it is shown; the file has twice as many
     "Show the current figure in the notebook as an image with `alt` as its alternative text, and close it."
     import base64, html, io
     import matplotlib.pyplot as plt
