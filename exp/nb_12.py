@@ -53,17 +53,18 @@ class _Options(torch.optim.Optimizer):
     def __init_subclass__(cls):
         if cls.twin: cls.twin_options = cls.twin([torch.zeros(1, 1)]).defaults
 
-    def own(self, group): return self.defaults.keys()  # the names of the options of such a group
+    def own(self, group): return self.names  # the names of the options of such a group
 
     def check(self, group, values=True) -> dict: # the options
         "Raise `ValueError` for a wrong value, and for an option of others unless it is off: then forget it."
         own = self.own(group)
         options, lr = {k: v for k, v in group.items() if k in own}, group.get('lr')
         if len(options) + 1 != len(group):  # there is more than these and `params`
-            usual = _OFF | self.twin_options | self.defaults
+            usual = _OFF | self.twin_options | {k: self.defaults[k] for k in self.names}
             for k in (group.keys() & usual.keys()) - own:
                 if group[k] != usual[k] and (group[k] or usual[k]):
-                    raise ValueError(f'expected {k}={usual[k]}, got {group[k]}: {type(self).__name__} has only that')
+                    name = type(self).__name__
+                    raise ValueError(f'expected {k}={usual[k]}, got {group[k]}: {name} has only that')
                 del group[k]
         if values or isinstance(lr, float) and not lr >= 0:
             for k, v in options.items(): _check_value(k, v)
@@ -80,15 +81,15 @@ class _Options(torch.optim.Optimizer):
     def state_dict(self):
         "State and options, as the twin writes and reads them."
         state_dict = super().state_dict()
-        rest = {k: v for k, v in self.twin_options.items() if k not in self.defaults}
+        rest = {k: v for k, v in self.twin_options.items() if k not in self.names}
         for group in state_dict['param_groups']: group.update(rest)
         return state_dict
 
     def __setstate__(self, state):
         "The end of loading and unpickling: takes over everything or, with a `ValueError`, nothing."
-        vars(self).setdefault('defaults', state.get('defaults'))
+        if 'defaults' in state: self.defaults, self.names = state['defaults'], frozenset(state['defaults'])
         for group, old in zip(state['param_groups'], vars(self).get('param_groups', state['param_groups'])):
-            for k in {'foreach', 'fused'} - self.defaults.keys(): group.pop(k, None)  # say how, not what
+            for k in {'foreach', 'fused'} - self.names: group.pop(k, None)  # say how, not what
             for k in self.own(old) & old.keys(): group.setdefault(k, old[k])
             self.check(group)
             for p in group['params']:
@@ -98,7 +99,7 @@ class _Options(torch.optim.Optimizer):
                         raise ValueError(f'expected {k} of shape {tuple(p.shape)}, got {tuple(v.shape)}')
                     if isinstance(v, Tensor) and v.is_sparse: record[k] = v.to_dense()
         super().__setstate__(state)
-        self.defaults.pop('differentiable', None)  # which PyTorch puts there
+        if 'differentiable' not in self.names: self.defaults.pop('differentiable', None)  # PyTorch adds it
 
 def _check_value(name, value):
     limit, numbers = _BELOW.get(name, math.inf), value if isinstance(value, (tuple, list)) else [value]
@@ -126,6 +127,7 @@ class BaseOptimizer(_Options):
 
     def __init__(self, params, # iterable of Tensors, pairs (name, Tensor), or groups: dicts with options
                  **options): # name -> value for the groups that don't say; numbers are at least 0
+        self.names = frozenset(options)
         for name, value in options.items(): _check_value(name, value)
         super().__init__(params, options)
 
@@ -300,7 +302,7 @@ class Muon(BaseOptimizer):
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                          ns_steps=ns_steps, ns_dtype=ns_dtype, ratio=ratio, betas=betas, muon=muon)
 
-    def own(self, group): return self.defaults.keys() - (_OF_OTHERS if group['muon'] else _OF_MATRICES)
+    def own(self, group): return self.names - (_OF_OTHERS if group['muon'] else _OF_MATRICES)
 
     def check(self, group, values=True):
         options = super().check(group, values)

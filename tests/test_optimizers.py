@@ -678,6 +678,31 @@ def test_options_of_ones_own_may_be_anything():
 
 # Whoever else has a hand in a step
 
+@pairs
+def test_a_wrapper_that_puts_options_of_its_own_into_the_groups_and_defaults(ours, theirs):
+    "As Lookahead does (Zhang et al., 2019), and goes on after copies and checkpoints."
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, base):
+            self.base, self.defaults, self.param_groups, self.state = base, base.defaults, base.param_groups, base.state
+            for options in (self.defaults, *self.param_groups): options.update(every=2, share=0.5)
+            self.n, self.slow = 0, {p: p.detach().clone() for g in self.param_groups for p in g['params']}
+        def step(self, closure=None):
+            self.base.step(closure)
+            self.n += 1
+            for g in self.param_groups:
+                if self.n % g['every']: continue
+                for p in g['params']: p.data.copy_(self.slow[p].lerp_(p.data, g['share']))
+        def zero_grad(self): self.base.zero_grad()
+    def use(model, make_opt):
+        base = make_opt(model.parameters())
+        run(model, Lookahead(base), 5)
+        base.load_state_dict(base.state_dict())
+        base.add_param_group(dict(params=[nn.Parameter(torch.ones(1).double())], lr=0.1))
+        assert all(g['every'] == 2 for g in base.param_groups)
+        run(model, base, 2)
+    pair_of_runs(ours, theirs, use)
+
+
 def test_hooks_see_what_pytorchs_see():
     def seen(make_opt):
         p, calls = nn.Parameter(torch.ones(1)), []
