@@ -183,6 +183,23 @@ def test_a_loss_with_weights_is_resumed_saved_and_kept(tmp_path):
     from safetensors.torch import load_file
     assert sorted(k for k in load_file(tmp_path/'best') if k.startswith('loss_func.')) == ['loss_func.centers', 'loss_func.seen']
 
+def test_a_model_that_has_a_loss_of_its_own(tmp_path):
+    "Its names are its own; with another loss beside it, they could not be told apart in a file of weights."
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.loss_func = net(), Centers()
+        def forward(self, x): return self.net(x)
+    one, two = new_learner(model=Model()), new_learner(model=Model())
+    one.fit(1, cbs=SaveBest(tmp_path/'a'))
+    one.save(tmp_path/'b.pt'), one.save(tmp_path/'b.safetensors')
+    for name in ('b.pt', 'b.safetensors'): assert same(two.load(tmp_path/name).model.state_dict(), one.model.state_dict())
+    both = new_learner(model=Model(), loss_func=Centers())
+    with pytest.raises(CheckpointError, match='found loss_func.centers'): both.fit(1, cbs=SaveBest(tmp_path/'c'))
+    both.fit(1)
+    both.save(tmp_path/'d.pt')
+    assert same(new_learner(model=Model(), loss_func=Centers()).load(tmp_path/'d.pt').model.state_dict(), both.model.state_dict())
+
 def test_learners_with_more_and_with_fewer_modules(tmp_path):
     plain, more = new_learner(), new_learner(loss_func=Centers())
     for learn, name in ((plain, 'plain'), (more, 'more')):
@@ -245,6 +262,14 @@ def test_tensors_that_the_format_is_without_are_refused_before_the_training(tmp_
     model = nn.Linear(4, 3)
     model.register_buffer('odd', torch.eye(3).to_sparse())
     with pytest.raises(CheckpointError, match='expected tensors.*in odd'): new_learner(model=model).fit(1, cbs=SaveBest(tmp_path/'a'))
+
+def test_a_model_that_has_no_shapes_yet(tmp_path):
+    "It is refused until they are there, and takes a file's."
+    lazy, model = nn.Sequential(nn.LazyLinear(3)), nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(CheckpointError, match='no shape yet in 0.weight'): save_weights(lazy, tmp_path/'a')
+    save_weights(model, tmp_path/'a')
+    load_weights(lazy, tmp_path/'a')
+    assert torch.equal(lazy[0].weight, model[0].weight)
 
 def test_a_callback_that_keeps_odd_things_is_named_before_the_training(tmp_path):
     class Keeps(Callback):
