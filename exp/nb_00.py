@@ -7,7 +7,7 @@ __all__ = ['test_near', 'set_seed', 'default_device', 'describe', 'show_image', 
            'plot_times', 'say', 'is_terminal']
 
 # %% ../nbs/00_tools.ipynb #000004
-import math, os, random, sys
+import math, random, sys
 import numpy as np
 import torch
 from torch import Tensor
@@ -120,12 +120,6 @@ def plot_times(times:dict, # label -> seconds
     return ax
 
 # %% ../nbs/00_tools.ipynb #000074
-def _discard(stream):
-    "Send what `stream` still holds, and all that follows, to nowhere."
-    number, nowhere = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, number)
-    os.close(nowhere)
-
 def say(*parts, # what to print
         sep:str=' '): # written between the parts
     "Print a line at once; a screen that is missing, closed, full, or short of letters raises nothing."
@@ -135,7 +129,6 @@ def say(*parts, # what to print
         except UnicodeEncodeError:
             encoding = getattr(screen, 'encoding', None) or 'ascii'
             print(line.encode(encoding, 'replace').decode(encoding), file=screen, flush=True)
-        except BrokenPipeError: _discard(screen)
     except Exception: pass  # of whatever kind: the screen may be any object
 
 # %% ../nbs/00_tools.ipynb #000078

@@ -7,13 +7,14 @@ __all__ = ['EMBEDDED', 'IDX_DTYPES', 'IDX_FILES', 'MIRRORS', 'SHA256', 'IdxError
            'get_test_data', 'normalize']
 
 # %% ../nbs/01_data.ipynb #010004
-import gzip, io, math, shutil, struct, sys, warnings, zlib
-from contextlib import nullcontext
+import gzip, io, math, os, shutil, struct, sys, warnings, zlib
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
 import exp
+from .nb_00 import is_terminal
 
 # %% ../nbs/01_data.ipynb #010009
 EMBEDDED = Path(exp.__file__).parent/'data'/'mnist'
@@ -51,11 +52,13 @@ def _read_body(f, dtype, shape):
 def read_idx(src, # path, bytes, or seekable binary file; gzipped or not
             ) -> Tensor: # the shape and dtype that the file declares
     "Read an IDX file (LeCun, Cortes and Burges, 1998); raises `IdxError` for anything that isn't one."
-    name = 'IDX bytes' if isinstance(src, (bytes, bytearray)) else str(getattr(src, 'name', src))
-    if isinstance(src, (str, Path)):
-        if Path(src).is_dir(): raise IdxError(f'{name}: expected an IDX file, found a directory')
+    is_path = isinstance(src, (str, os.PathLike))
+    is_bytes = isinstance(src, (bytes, bytearray))
+    name = 'IDX bytes' if is_bytes else str(os.fspath(src) if is_path else getattr(src, 'name', src))
+    if is_path:
+        if os.path.isdir(src): raise IdxError(f'{name}: expected an IDX file, found a directory')
         file = open(src, 'rb')
-    else: file = nullcontext(io.BytesIO(src) if isinstance(src, (bytes, bytearray)) else src)
+    else: file = nullcontext(io.BytesIO(src) if is_bytes else src)
     with file as f:
         try:
             if isinstance(f, io.TextIOBase): raise IdxError('expected a file opened in binary mode, found text')
@@ -96,36 +99,63 @@ def fetch(name:str, # a key of `MIRRORS`
     with warnings.catch_warnings(action='ignore'): import pooch  # its tqdm asks for widgets in a notebook
     folder, sha256 = Path(data_dir or pooch.os_cache('exp')/name), SHA256[name][file]
     path = folder/file
-    if path.is_file():
-        if pooch.file_hash(path) == sha256: return path
-        aside = shutil.copy(path, path.with_name(f'{file}.damaged'))
-        warnings.warn(f'{path}: wrong checksum; set aside as {Path(aside).name}, fetching it again')
-    failures = []
-    for url in MIRRORS[name]:
-        try: return Path(pooch.retrieve(url + file, f'sha256:{sha256}', file, folder,
-                                        downloader=pooch.HTTPDownloader(timeout=20, progressbar=sys.stderr.isatty())))
-        except (OSError, ValueError) as e: failures.append(f'  {url}: {e}')  # unreachable, or a wrong checksum
+    failures, closed = [], getattr(sys.stderr, 'closed', False)
+    with redirect_stderr(None) if closed else nullcontext():  # pooch writes a log, which would raise
+        if path.is_file():
+            if pooch.file_hash(path) == sha256: return path
+            aside = shutil.copy(path, path.with_name(f'{file}.damaged'))
+            warnings.warn(f'{path}: wrong checksum; set aside as {Path(aside).name}, fetching it again')
+        downloader = pooch.HTTPDownloader(timeout=20, progressbar=is_terminal(sys.stderr))
+        for url in MIRRORS[name]:
+            try: return Path(pooch.retrieve(url + file, f'sha256:{sha256}', file, folder, None, downloader))
+            except (OSError, ValueError) as e: failures.append(f'  {url}: {e}')  # unreachable, or a wrong checksum
     raise ConnectionError(f"could not fetch {file} of {name}; 'mnist' is embedded and works without the network. "
                           'Tried:\n' + '\n'.join(failures))
+
+# %% ../nbs/01_data.ipynb #010092
+def _usual_names(file):
+    "The names that one of `IDX_FILES` goes by: packed or unpacked, a dash or a dot before `idx`."
+    dashed = file.removesuffix('.gz')
+    return [name + end for name in (dashed, dashed.replace('-idx', '.idx')) for end in ('.gz', '')]
+
+def _bare(name): return name.lower().removesuffix('.gz').replace('.', '-').replace('_', '-')
+
+def _find(folder, files):
+    "The paths of `files` in somebody's folder; raises `FileNotFoundError` with all names that would do."
+    folder = Path(folder).expanduser()
+    present = sorted(folder.iterdir()) if folder.is_dir() else []
+    paths, missing = [], []
+    for file in files:
+        names = _usual_names(file)
+        found = [p for p in present if _bare(p.name) == _bare(file) and p.is_file()]
+        found.sort(key=lambda p: names.index(p.name) if p.name in names else len(names))
+        if found: paths.append(found[0])
+        else: missing.append(' or '.join(names))
+    there = 'none of these' if folder.is_dir() else 'no folder'
+    if missing: raise FileNotFoundError(f'{folder}: expected {"; and ".join(missing)}; found {there}')
+    return paths
 
 # %% ../nbs/01_data.ipynb #010059
 def _load(name, part, data_dir):
     "Images (n, 784) float32 in [0, 1] and labels (n,) int64 of one part, 'train' or 'test'."
     names = ['mnist', *MIRRORS]
     if name not in names: raise ValueError(f'expected a dataset in {names}, got {name!r}')
-    paths = [Path(data_dir or EMBEDDED)/f if name == 'mnist' else fetch(name, f, data_dir) for f in IDX_FILES[part]]
+    if data_dir: paths = _find(data_dir, IDX_FILES[part])
+    else: paths = [EMBEDDED/f if name == 'mnist' else fetch(name, f) for f in IDX_FILES[part]]
     x, y = map(read_idx, paths)
     if x.ndim != 3 or y.shape != x.shape[:1]:
-        raise IdxError(f'expected n images and n labels, got shapes {tuple(x.shape)} and {tuple(y.shape)} in {paths}')
+        found = ' and '.join(f'{tuple(t.shape)} in {path}' for t, path in zip((x, y), paths))
+        raise IdxError(f'expected n images and n labels, got shapes {found}')
     return x.flatten(1).float().div_(255), y.long()
 
 # %% ../nbs/01_data.ipynb #010060
 def get_data(name:str='mnist', # 'mnist', 'fashion_mnist' or 'kmnist'
-             data_dir=None, # folder with the four files; None: the embedded ones, or the user's cache
+             data_dir=None, # folder with the files, read as they are; None: the embedded ones, or the user's cache
             ) -> tuple: # x_train (50000, 784), y_train (50000,), x_valid (10000, 784), y_valid (10000,)
-    "Training and validation sets: float32 pixels in [0, 1], int64 labels; raises `ValueError` for an unknown name."
+    "Training and validation sets: float32 pixels in [0, 1], int64 labels; raises `ValueError` for another name."
     x, y = _load(name, 'train', data_dir)
-    if len(x) <= 10_000: raise IdxError(f'expected more than 10,000 training images, found {len(x):,} in {data_dir}')
+    if len(x) <= 10_000:
+        raise IdxError(f'expected more than 10,000 training images, found {len(x):,} in {data_dir or name}')
     return x[:-10_000], y[:-10_000], x[-10_000:], y[-10_000:]
 
 def get_test_data(name:str='mnist', # as in `get_data`

@@ -9,7 +9,7 @@ __all__ = ['EVENTS', 'STEPS', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'Callba
            'OverfitOneBatch', 'MixedPrecision', 'Compile', 'confusion_matrix']
 
 # %% ../nbs/10_learner.ipynb #100004
-import copy, csv, dataclasses, html, inspect, itertools, math, os, re, sys, time, traceback, warnings
+import bdb, copy, csv, dataclasses, html, inspect, itertools, math, os, re, sys, time, traceback, warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
@@ -38,9 +38,9 @@ class CancelFit(Exception): "Raise it in a callback to end the fit after its cle
 STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
 
 _WORDS = (  # what the names of other libraries speak of, and the event here
-    ('exception|interrupt|cancel', 'cleanup_fit'), ('before_step|optimizer|backward|grad', 'after_backward'), ('valid|val_|test|eval|loader|before_train$|after_train$', '{}_fit or around_pass'),
-    ('loss', 'after_loss'), ('pred|forward', 'after_predict'),
-    ('epoch', '{}_epoch'), ('batch|iter|step', '{}_batch'), ('', '{}_fit'))
+    ('exception|interrupt|cancel', 'cleanup_fit'), ('before_step|optimizer|backward|grad', 'after_backward'),
+    ('valid|val_|test|eval|loader|before_train$|after_train$', '{}_fit or around_pass'), ('loss', 'after_loss'),
+    ('pred|forward', 'after_predict'), ('epoch', '{}_epoch'), ('batch|iter|step', '{}_batch'), ('', '{}_fit'))
 
 def _event_here(name):
     "What an event of another library is called here; None if `name` is no such event."
@@ -85,7 +85,7 @@ class Callback:
 class Learner:
     "Model, data, loss and optimizer, and the loop that trains them, announcing its `EVENTS` to callbacks."
     default_cbs = ()  # the classes of callbacks that every Learner begins with
-    debug = None      # keep local variables of the user's code in tracebacks; None: where a debugger may look at them
+    debug = None      # keep the local variables in a traceback; None: where a debugger may look at them
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -343,12 +343,13 @@ def _may_be_looked_at(error):
     "Whether somebody can look at a traceback: in a notebook, IPython, `python -i` or a debugger."
     if isinstance(error, (KeyboardInterrupt, torch.cuda.OutOfMemoryError)): return False
     ipython = sys.modules.get('IPython')
-    return bool(ipython and ipython.get_ipython() or hasattr(sys, 'ps1') or sys.flags.interactive or sys.gettrace())
+    if ipython and ipython.get_ipython(): return True
+    tracer = getattr(sys.gettrace(), '__self__', None)
+    return hasattr(sys, 'ps1') or bool(sys.flags.interactive) or isinstance(tracer, bdb.Bdb)
 
-def _let_go(error, keep):
-    "Clear the local variables of those frames of a traceback that hold tensors; `keep` the user's own."
+def _let_go(error):
+    "Clear the local variables of those frames of a traceback that hold tensors."
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if keep and not frame.f_globals.get('__name__', '').startswith(('exp.', 'torch.')): continue
         if any(map(_holds_tensor, frame.f_locals.values())):
             with suppress(RuntimeError): frame.clear()  # raised for a frame that is still running
             frame.f_locals                              # before Python 3.13: forgets the snapshot taken above
@@ -373,7 +374,8 @@ def _running(self:Learner, cbs, fitting=False):
     self._on = SimpleNamespace(**{e: tuple(getattr(cb, e) for cb in cbs if hasattr(cb, e)) for e in EVENTS})
     try: yield
     except BaseException as error:
-        _let_go(error, _may_be_looked_at(error) if self.debug is None else self.debug)
+        keep = _may_be_looked_at(error) if self.debug is None else self.debug
+        if not keep: _let_go(error)
         raise
     finally:
         vars(self).update(before)
@@ -529,9 +531,9 @@ def _as_number(value, name):
 
 def _stacked(numbers):
     "Numbers and 0-d tensors as one tensor, without waiting for a device."
-    devices = [n.device for n in numbers if isinstance(n, Tensor)]
+    devices = {n.device for n in numbers if isinstance(n, Tensor)}
     if not devices: return torch.tensor(numbers)
-    return torch.stack([torch.as_tensor(n, device=devices[0]).float() for n in numbers])
+    return torch.stack([n if isinstance(n, Tensor) else torch.tensor(n, device=next(iter(devices))) for n in numbers])
 
 # %% ../nbs/10_learner.ipynb #100206
 def n_rows(target, # of a batch: a Tensor, or a nest of dicts, tuples and lists
@@ -600,8 +602,8 @@ class Metrics(Callback):
         if apart: valid = copy.deepcopy(valid)
         self.sets = {True: copy.deepcopy(valid) if self.train else [Loss()], False: valid}
         self.probed = set()
-        self.columns = {training: [_prefix(m, training) + _metric_name(m) for m in metrics]
-                        for training, metrics in self.sets.items()}
+        self.columns = {training: [_prefix(m, training) + m.name for m in metrics if isinstance(m, Metric) and not m.keys]
+                        for training, metrics in self.sets.items()}  # others have names when they have values
         self.check_columns()
         self.before_epoch(learn)
 
@@ -946,55 +948,6 @@ def _for_passes(self:Learner):
     "The callbacks that take part in a pass outside of a fit, or within one."
     return self.cbs + [cb for cb in self.running if cb.everywhere and not any(cb is own for own in self.cbs)]
 
-# %% ../nbs/10_learner.ipynb #100209
-@patch
-def get_preds(self:Learner,
-              dl=None, # iterable of batches, with targets or without, or a Tensor of inputs (n, ...); None: the validation data
-              bs:int=512, # rows at a time, for a Tensor
-             ) -> tuple: # predictions and targets, each as the batches have them, (n, ...); None for targets that are not there
-    "Predictions in evaluation mode, without gradients, in the order of the data; half precision comes as float32."
-    dl = self.dls[1] if dl is None else dl
-    if dl is None: raise ValueError('expected data to predict, got None: give `dl`, or make the Learner with a pair of loaders')
-    if isinstance(dl, Tensor): dl = dl.split(whole_number(bs, 'bs'))
-    collect = _Collect()
-    with self._running(self._for_passes() + [collect]): self._one_pass(_Targeted(dl, self), training=False)
-    return _joined(collect.preds, 'predictions'), _joined(collect.targets, 'targets')
-
-class _Targeted:
-    "The batches of a loader, with None as the target of those that are inputs alone."
-    def __init__(self, dl, learn): self.dl, self.as_is = dl, _own_batches(learn)
-    def __len__(self): return len(self.dl)
-    def __iter__(self): return iter(self.dl) if self.as_is else map(self.with_target, self.dl)
-
-    def with_target(self, batch):
-        if isinstance(batch, Tensor): return batch, None
-        return (*batch, None) if isinstance(batch, (tuple, list)) and len(batch) == 1 else batch
-
-def _own_batches(learn):
-    "Whether the Learner takes inputs and targets from its batches in a way of its own."
-    return any(getattr(type(learn), name) is not getattr(Learner, name) for name in ('xb', 'yb'))
-
-# %% ../nbs/10_learner.ipynb #100213
-@patch
-def freeze_to(self:Learner,
-              n:int): # how many parts to freeze; below 0, all but the last -n
-    """Train only the last parts of the model: its children that have parameters, those of an only child if there is one.
-    Raises `ValueError` if nothing would be left to train."""
-    parts = _parts(self.model)
-    if not isinstance(n, int) or not -len(parts) <= n < len(parts):
-        raise ValueError(f'expected at least one of {len(parts)} parts to train, got freeze_to({n!r})')
-    trained = {id(p) for part in parts[n if n >= 0 else len(parts) + n:] for p in part.parameters()}
-    for p in self.model.parameters(): p.requires_grad_(n == 0 or id(p) in trained)
-
-@patch
-def unfreeze(self:Learner):
-    "Train all parameters of the model."
-    self.freeze_to(0)
-
-def _parts(model):
-    parts = [m for m in model.children() if any(True for p in m.parameters())]
-    return _parts(parts[0]) if len(parts) == 1 and [*parts[0].children()] else parts or [model]
-
 # %% ../nbs/10_learner.ipynb #100210
 def map_nest(func, # leaf -> its new value
              value): # a nest of mappings, tuples, lists and dataclasses; anything else, and what has `to`, is a leaf
@@ -1042,6 +995,36 @@ def _is_several(parts):
     if any(len(p) != len(parts[0]) for p in parts): return False
     return all(isinstance(t, Tensor) and t.ndim for p in parts for t in p) and all(len({len(t) for t in p}) == 1 for p in parts)
 
+# %% ../nbs/10_learner.ipynb #100209
+@patch
+def get_preds(self:Learner,
+              dl=None, # iterable of batches, with targets or without, or a Tensor of inputs (n, ...); None: the validation data
+              bs:int=512, # rows at a time, for a Tensor
+             ) -> tuple: # predictions and targets, each as the batches have them, (n, ...); None for targets that are not there
+    "Predictions in evaluation mode, without gradients, in the order of the data; half precision comes as float32."
+    dl = self.dls[1] if dl is None else dl
+    if dl is None: raise ValueError('expected data to predict, got None: give `dl`, or make the Learner with a pair of loaders')
+    if isinstance(dl, Tensor):
+        if _own_batches(self): raise TypeError('expected batches as this Learner takes them, got a Tensor: see predict')
+        dl = dl.split(whole_number(bs, 'bs'))
+    collect = _Collect()
+    with self._running(self._for_passes() + [collect]): self._one_pass(_Targeted(dl, self), training=False)
+    return _joined(collect.preds, 'predictions'), _joined(collect.targets, 'targets')
+
+class _Targeted:
+    "The batches of a loader, with None as the target of those that are inputs alone."
+    def __init__(self, dl, learn): self.dl, self.as_is = dl, _own_batches(learn)
+    def __len__(self): return len(self.dl)
+    def __iter__(self): return iter(self.dl) if self.as_is else map(self.with_target, self.dl)
+
+    def with_target(self, batch):
+        if isinstance(batch, Tensor): return batch, None
+        return (*batch, None) if isinstance(batch, (tuple, list)) and len(batch) == 1 else batch
+
+def _own_batches(learn):
+    "Whether the Learner takes inputs and targets from its batches in a way of its own."
+    return any(getattr(type(learn), name) is not getattr(Learner, name) for name in ('xb', 'yb'))
+
 # %% ../nbs/10_learner.ipynb #100211
 @patch
 def predict_inputs(self:Learner,
@@ -1056,6 +1039,27 @@ def _as_input(value):
     if not isinstance(value, (np.ndarray, np.generic, list)): return value
     value = torch.as_tensor(np.asarray(value))
     return value.to(torch.get_default_dtype()) if value.is_floating_point() else value
+
+# %% ../nbs/10_learner.ipynb #100213
+@patch
+def freeze_to(self:Learner,
+              n:int): # how many parts to freeze; below 0, all but the last -n
+    """Train only the last parts of the model: its children that have parameters, those of an only child if there is one.
+    Raises `ValueError` if nothing would be left to train."""
+    parts = _parts(self.model)
+    if not isinstance(n, int) or not -len(parts) <= n < len(parts):
+        raise ValueError(f'expected at least one of {len(parts)} parts to train, got freeze_to({n!r})')
+    trained = {id(p) for part in parts[n if n >= 0 else len(parts) + n:] for p in part.parameters()}
+    for p in self.model.parameters(): p.requires_grad_(n == 0 or id(p) in trained)
+
+@patch
+def unfreeze(self:Learner):
+    "Train all parameters of the model."
+    self.freeze_to(0)
+
+def _parts(model):
+    parts = [m for m in model.children() if any(True for p in m.parameters())]
+    return _parts(parts[0]) if len(parts) == 1 and [*parts[0].children()] else parts or [model]
 
 # %% ../nbs/10_learner.ipynb #100108
 def to_device(batch, # a Tensor, or a nest of mappings, lists, tuples, dataclasses and objects with `to`

@@ -148,6 +148,7 @@ def test_a_memmap_stays_on_disk_and_as_it_is(tmp_path):
     array = np.ones(N)
     array.flags.writeable = False
     Dataset(array)[:3][0].zero_()
+    Dataset(array).x.zero_()
     assert array.min() == 1
 
 

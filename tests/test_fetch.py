@@ -1,5 +1,5 @@
 "Downloads, from servers of our own on the loopback: checksums, mirrors, the cache, two processes at once, no network."
-import gzip, hashlib, struct, subprocess, sys, threading
+import gzip, hashlib, io, struct, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pooch
 import pytest
@@ -132,11 +132,92 @@ def test_two_processes_at_once(before, serve, mirrors, tmp_path):
     assert right(tmp_path)
 
 
-def test_get_data_of_a_fetched_dataset(serve, mirrors, tmp_path):
+def test_get_data_of_a_fetched_dataset(serve, mirrors, tmp_path, monkeypatch):
+    monkeypatch.setattr(pooch, 'os_cache', lambda name: tmp_path)
     mirrors(serve().url)
-    x_train, y_train, x_valid, y_valid = get_data('fashion_mnist', tmp_path)
+    x_train, y_train, x_valid, y_valid = get_data('fashion_mnist')
     assert x_train.shape == (10_000, 4) and y_valid.shape == (10_000,) and y_train[:3].tolist() == [0, 1, 2]
-    assert get_test_data('fashion_mnist', tmp_path)[0].shape == (20_000, 4)
+    assert get_test_data('fashion_mnist')[0].shape == (20_000, 4)
+    assert sorted(p.name for p in (tmp_path/'fashion_mnist').iterdir()) == sorted(FILES)
+
+
+# a folder of one's own
+
+def contents(folder): return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+
+WAYS = {'as downloaded': lambda n: n, 'unpacked': lambda n: n[:-3], 'with a dot': lambda n: n.replace('-idx', '.idx'),
+        'unpacked, with a dot': lambda n: n[:-3].replace('-idx', '.idx'), 'in capitals': str.upper, 'mixed': lambda n: n[:-3].replace('-', '_').title()}
+
+@pytest.mark.parametrize('name', ['mnist', 'fashion_mnist', 'kmnist'])
+@pytest.mark.parametrize('packed', [lambda b: gzip.decompress(b), lambda b: gzip.compress(gzip.decompress(b), 1)], ids=['unpacked', 'packed again'])
+@pytest.mark.parametrize('way', WAYS)
+def test_a_folder_of_ones_own_is_read_as_it_is(name, packed, way, tmp_path, monkeypatch):
+    def never(*args, **kwargs): raise AssertionError('asked the network')
+    monkeypatch.setattr(nb_01, 'fetch', never)
+    monkeypatch.setattr(pooch, 'retrieve', never)
+    for file, data in FILES.items(): (tmp_path/WAYS[way](file)).write_bytes(packed(data))  # whatever the name says
+    before = contents(tmp_path)
+    for folder in (tmp_path, str(tmp_path)):
+        assert get_data(name, folder)[1][:3].tolist() == [0, 1, 2] and get_test_data(name, folder)[0].shape == (20_000, 4)
+    assert contents(tmp_path) == before
+
+
+def test_the_usual_name_comes_first_and_folders_do_not_count(tmp_path):
+    images, labels = IDX_FILES['train']
+    (tmp_path/images[:-3]).mkdir()  # an archive unpacked into a folder of its own name
+    (tmp_path/images.replace('-idx', '.idx')).write_bytes(FILES[images])
+    (tmp_path/labels.upper()).write_bytes(idx((20_000,), bytes(20_000)))
+    (tmp_path/labels[:-3]).write_bytes(FILES[labels])
+    assert get_data('kmnist', tmp_path)[1][:3].tolist() == [0, 1, 2]
+    (tmp_path/labels).write_bytes(idx((20_000,), bytes([7])*20_000))
+    assert get_data('kmnist', tmp_path)[1][:3].tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize('name', ['mnist', 'fashion_mnist'])
+def test_what_is_missing_is_told_at_once_with_all_names_that_would_do(name, tmp_path):
+    images, labels = IDX_FILES['train']
+    (tmp_path/'other.gz').write_bytes(b'')
+    for folder in (tmp_path, tmp_path/'nowhere', tmp_path/'other.gz'):
+        with pytest.raises(FileNotFoundError) as e: get_data(name, folder)
+        for words in (str(folder), images, images[:-3], 'train-images.idx3-ubyte.gz', 'train-labels.idx1-ubyte', labels): assert words in str(e.value)
+        assert ('no folder' in str(e.value)) == (folder != tmp_path)
+    (tmp_path/images).write_bytes(FILES[images])
+    with pytest.raises(FileNotFoundError) as e: get_data(name, tmp_path)
+    assert 'labels' in str(e.value) and 'images' not in str(e.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['other.gz', images]
+
+
+def test_a_damaged_file_of_ones_own_is_named_and_left_alone(tmp_path, monkeypatch):
+    for file, data in FILES.items(): (tmp_path/file).write_bytes(data)
+    (tmp_path/NAME).write_bytes(b'damaged')
+    before = contents(tmp_path)
+    with pytest.raises(nb_01.IdxError) as e: get_data('fashion_mnist', tmp_path)
+    assert str(tmp_path/NAME) in str(e.value) and contents(tmp_path) == before
+    (tmp_path/NAME).write_bytes(FILES[IDX_FILES['train'][0]])
+    with pytest.raises(nb_01.IdxError, match='expected n images and n labels') as e: get_data('fashion_mnist', tmp_path)
+    assert str(tmp_path/NAME) in str(e.value)
+    monkeypatch.setenv('HOME', str(tmp_path.parent))
+    assert get_test_data('kmnist', f'~/{tmp_path.name}')[1][:3].tolist() == [0, 1, 2]
+
+
+class Closed(io.StringIO):
+    "A screen that was closed."
+    def __init__(self):
+        super().__init__()
+        self.close()
+
+@pytest.mark.filterwarnings('ignore:.*wrong checksum')
+@pytest.mark.parametrize('screen', [lambda: None, Closed], ids=['none', 'closed'])
+def test_a_download_does_not_depend_on_the_screen(screen, serve, mirrors, tmp_path, monkeypatch):
+    mirrors(DEAD, serve().url)
+    pooch.get_logger().setLevel('INFO')
+    pooch.get_logger()._cache.clear()  # of the level that the tests before had
+    for stream in ('stdout', 'stderr'): monkeypatch.setattr(sys, stream, screen())
+    for handler in pooch.get_logger().handlers: monkeypatch.setattr(handler, 'stream', sys.stderr)  # as if imported only now
+    (tmp_path/NAME).write_bytes(b'damaged')
+    fetch('fashion_mnist', NAME, tmp_path)
+    monkeypatch.undo()
+    assert right(tmp_path)
 
 
 def test_unknown_name():

@@ -110,6 +110,19 @@ def test_directory_text_mode_and_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere'): read_idx(tmp_path/'nowhere')
 
 
+@pytest.mark.parametrize('kind', [str, lambda p: p, lambda p: type('Entry', (), {'__fspath__': lambda self: str(p)})()],
+                         ids=['str', 'Path', 'PathLike'])
+def test_the_error_names_the_whole_path(kind, tmp_path):
+    path = tmp_path/'a.idx'
+    path.write_bytes(b'text')
+    with pytest.raises(IdxError) as e: read_idx(kind(path))
+    assert str(e.value).startswith(f'{path}: expected')
+    with open(path, 'rb') as f, pytest.raises(IdxError) as e: read_idx(f)
+    assert str(e.value).startswith(f'{path}: expected')
+    with pytest.raises(IdxError) as e: read_idx(kind(tmp_path))
+    assert str(e.value).startswith(f'{tmp_path}: expected')
+
+
 @pytest.mark.filterwarnings('error')
 def test_embedded_mnist():
     x_train, y_train, x_valid, y_valid = get_data()

@@ -9,7 +9,7 @@ from exp.nb_00 import set_seed, test_near as near
 from exp.nb_02 import Model
 from exp.nb_04 import Dataset, DataLoader
 from exp.nb_10 import Device, GradientAccumulation, GradientClip, Learner
-from exp.nb_12 import EMA, SGD, Adam, AdamW, FlatOptimizer, Muon, RMSProp, newton_schulz
+from exp.nb_12 import EMA, SGD, Adam, AdamW, BaseOptimizer, Muon, RMSProp, newton_schulz
 
 PAIRS = {'SGD': (partial(SGD, lr=0.1), partial(torch.optim.SGD, lr=0.1)),
          'momentum': (partial(SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
@@ -211,9 +211,9 @@ def test_wrong_checkpoints_and_parameters():
 
 
 def test_an_optimizer_of_ones_own():
-    class Sign(FlatOptimizer):
+    class Sign(BaseOptimizer):
         def __init__(self, params, lr=0.1): super().__init__(params, lr=lr)
-        def update(self, b, lr): b.data.sub_(b.grad.sign(), alpha=lr)
+        def update(self, params, grads, lr): torch._foreach_add_(params, torch._foreach_sign(grads), alpha=-lr)
     w = nn.Parameter(torch.tensor([1., -2.]))
     opt = Sign([w])
     (w*w).sum().backward()

@@ -133,6 +133,13 @@ def test_names_that_meet_in_a_dict_or_in_training():
     assert 'loss' in learn.results
 
 
+def test_objects_of_one_class_whose_results_have_names():
+    learn = new_learner(metrics=[Object({'a': 1.}), Object({'b': 2.})])
+    learn.fit(1)
+    assert learn.results['a'] == 1 and learn.results['b'] == 2
+    with pytest.raises(ValueError, match='different names, got Object twice'): new_learner(metrics=[Object(1.), Object(2.)]).fit(1)
+
+
 def test_metrics_changed_by_a_callback():
     class Change(Callback):
         def before_fit(self, learn): learn.metrics = accuracy
@@ -258,6 +265,7 @@ def test_predict_of_a_learner_with_steps_of_its_own():
     dicts.fit(1)
     near(dicts.predict({'x': x, 'y': None}), dicts.get_preds()[0])
     near(dicts.get_preds()[1], y)
+    with pytest.raises(TypeError, match='expected batches as this Learner takes them, got a Tensor'): dicts.get_preds(x)
 
 
 def test_losses_of_rows_of_several_parts():
@@ -553,30 +561,53 @@ def test_a_cleanup_can_know_how_it_ended(raised, failed):
 
 # Screens
 
-def run_python(code, tmp_path, **kwargs):
-    path = tmp_path/'script.py'
-    path.write_text('import torch, sys\nfrom exp.nb_00 import set_seed\nfrom exp.nb_02 import Model\nfrom exp.nb_10 import Learner, Metric\nset_seed(0)\n'
-                    'batches = [(torch.randn(8, 4), torch.randint(3, (8,)))]*3\n'
-                    "learn = Learner(Model(4, 8, 3), (batches, batches), metrics=Metric(lambda p, t: p.mean(), 'точность → ①'))\n" + code
-                    + "\nopen(sys.argv[1], 'w').write(str(len(learn.recorder.epochs)))")
-    done = tmp_path/'done'
-    root = Path(__file__).parent.parent
-    result = subprocess.run([sys.executable, path, done], capture_output=True, timeout=120, cwd=root, **kwargs)
-    return done.read_text() if done.exists() else result.stderr.decode()
+SCRIPT = """
+import torch, sys
+from exp.nb_10 import Learner, Metric
+batches = [(torch.randn(8, 4), torch.randint(3, (8,)))]*3
+learn = Learner(torch.nn.Linear(4, 3), (batches, batches), metrics=Metric(lambda p, t: p.mean(), 'точность → ①'))
+learn.fit(2)
+open(sys.argv[1], 'w').write(str(len(learn.recorder.epochs)))
+"""
 
-@pytest.mark.parametrize('encoding', ['ascii', 'cp1252', 'utf-8'])
-def test_a_console_short_of_letters(encoding, tmp_path):
-    assert run_python('learn.fit(2)', tmp_path, env={**os.environ, 'PYTHONIOENCODING': encoding, 'PYTHONUTF8': '0', 'LC_ALL': 'C'}) == '2'
-
-
-@pytest.mark.parametrize('code', ['sys.stdout = sys.stderr = None', 'sys.stderr = None', 'sys.stdout.close()', 'sys.stderr.close()',
-                                  "sys.stdout = open('/dev/full', 'w') if __import__('os').path.exists('/dev/full') else None"])
-def test_screens_that_are_gone(code, tmp_path): assert run_python(f'{code}\nlearn.fit(2)', tmp_path) == '2'
+def test_a_console_short_of_letters(tmp_path):
+    env = {**os.environ, 'PYTHONIOENCODING': 'cp1252', 'PYTHONUTF8': '0', 'LC_ALL': 'C'}
+    (tmp_path/'script.py').write_text(SCRIPT, encoding='utf-8')
+    env['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent.parent), env.get('PYTHONPATH', '')])
+    result = subprocess.run([sys.executable, tmp_path/'script.py', tmp_path/'done'], capture_output=True, env=env)
+    assert result.returncode == 0 and (tmp_path/'done').read_text() == '2' and b'????????' in result.stdout, result.stderr
 
 
-def test_a_broken_pipe(tmp_path):
-    code = "import os\nr, w = os.pipe()\nos.close(r)\nsys.stdout = os.fdopen(w, 'w')\nlearn.fit(2)\nsys.stdout = sys.__stdout__"
-    assert run_python(code, tmp_path) == '2'
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+def broken_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, 'w')
+
+def no_flush():
+    "What some programs put in the place of a screen."
+    return types.SimpleNamespace(write=lambda text: None)
+
+STREAMS = {'none': lambda: None, 'closed': closed, 'broken pipe': broken_pipe, 'no flush': no_flush, 'ascii': lambda: io.TextIOWrapper(io.BytesIO(), encoding='ascii')}
+if os.path.exists('/dev/full'): STREAMS['full'] = lambda: open('/dev/full', 'w')
+
+@pytest.mark.parametrize('out', STREAMS.values(), ids=STREAMS)
+@pytest.mark.parametrize('err', STREAMS.values(), ids=STREAMS)
+def test_screens_that_are_gone(out, err, monkeypatch):
+    learn = new_learner(metrics=Metric(plain, 'точность → ①'))
+    learn.progress = True
+    with monkeypatch.context() as m:
+        m.setattr(sys, 'stdout', out())
+        m.setattr(sys, 'stderr', err())
+        learn.fit(2)
+        for stream in (sys.stdout, sys.stderr):
+            try: stream.close()
+            except (AttributeError, OSError): pass
+    assert len(learn.recorder.epochs) == 2
 
 
 def test_a_terminal_that_fails_halfway():
