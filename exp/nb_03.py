@@ -40,6 +40,10 @@ def _check_target(inp, target, dim):
         raise ValueError(f'expected class indices, integers, got {target.dtype}')
     return target.long()
 
+def _counted(target, ignore_index):
+    "Which positions count."
+    return torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+
 def _pick(x, target, counted, dim):
     "What `x` holds at the targets along `dim`, and anything where they are not `counted`."
     try: return x.gather(dim, target.where(counted, 0).unsqueeze(dim)).squeeze(dim)
@@ -75,12 +79,12 @@ def nll(log_p:Tensor, # log probabilities, any shape, classes along `dim`
         target:Tensor, # class indices, integer, the shape of `log_p` without `dim`
         dim:int=-1, # of the classes
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        ignore_index:int=-100, # the target of positions that don't count
+        ignore_index:int=None, # the target of positions that don't count; None: all count
         weight:Tensor=None, # of each class (C,); None: all the same
        ) -> Tensor: # 0-d, or the shape of `target` for 'none'; nan for the mean of nothing
     "Negative log likelihood of the targets; raises `ValueError` for arguments that don't fit."
     target, weight = _check_target(log_p, target, dim), _check_weight(weight, log_p, dim)
-    counted = target != ignore_index
+    counted = _counted(target, ignore_index)
     losses = -_pick(log_p, target, counted, dim)
     amounts = _amounts(target, counted, weight)
     if weight is not None: losses = losses * amounts
@@ -92,7 +96,7 @@ def cross_entropy(inp:Tensor, # scores, any shape, classes along `dim`
                   dim:int=-1, # of the classes
                   reduction:str='mean', # 'mean', 'sum' or 'none'
                   label_smoothing:float=0., # 0 to 1, spread over all classes (Szegedy et al., 2016)
-                  ignore_index:int=-100, # the target of positions that don't count
+                  ignore_index:int=None, # the target of positions that don't count; None: all count
                   weight:Tensor=None, # of each class (C,); None: all the same
                  ) -> Tensor: # 0-d, or the shape of `target` for 'none'; nan for the mean of nothing
     "Cross-entropy of scores and target classes; raises `ValueError` for arguments that don't fit."
@@ -102,7 +106,7 @@ def cross_entropy(inp:Tensor, # scores, any shape, classes along `dim`
     loss = nll(log_p, target, dim, reduction, ignore_index, weight)
     if label_smoothing == 0: return loss
     target, weight = target.long(), _check_weight(weight, log_p, dim)
-    counted = target != ignore_index
+    counted = _counted(target, ignore_index)
     if weight is not None: log_p = (log_p.movedim(dim, -1) * weight).movedim(-1, dim)
     smooth = _reduce((-log_p.mean(dim)).where(counted, 0), _amounts(target, counted, weight), reduction)
     return (1 - label_smoothing)*loss + label_smoothing*smooth
@@ -111,11 +115,11 @@ def cross_entropy(inp:Tensor, # scores, any shape, classes along `dim`
 def accuracy(out:Tensor, # scores, any shape, at least two classes along `dim`
              target:Tensor, # class indices, integer, the shape of `out` without `dim`
              dim:int=-1, # of the classes
-             ignore_index:int=-100, # the target of positions that don't count
+             ignore_index:int=-100, # the target of positions that don't count; None: all count
             ) -> Tensor: # 0-d float32, 0 to 1; nan if no position counts
     "Share of positions where the target has the highest score; raises `ValueError` for targets that don't fit."
     target = _check_target(out, target, dim)
-    counted = target != ignore_index
+    counted = _counted(target, ignore_index)
     if out.shape[dim] == 1 and ((target != 0) & counted).any():
         raise ValueError(f'expected a score for each class, got one column of scores, {tuple(out.shape)}')
     if out.is_cpu: _pick(out, target, counted, dim)  # elsewhere a look at the values would be a wait

@@ -569,7 +569,8 @@ def weigher(func): # a loss function or a metric: (predictions, targets) -> mean
     kind = func.func if isinstance(func, partial) else type(func) if isinstance(func, nn.Module) else func
     if not any(kind is known for known in _COUNTING): return None
     options = func.keywords if isinstance(func, partial) else vars(func) | getattr(func, '_buffers', {})
-    return partial(_counted, options.get('ignore_index', -100), options.get('weight'))
+    ignored = options.get('ignore_index', -100)
+    return partial(_counted, -100 if ignored is None else ignored, options.get('weight'))
 
 def _counted(ignore_index, weight, pred, target):
     "The sum of the weights of all targets that count."

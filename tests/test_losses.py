@@ -118,7 +118,7 @@ def test_targets_that_do_not_fit(loss, target, words):
 
 
 @pytest.mark.parametrize('loss', [nll, cross_entropy])
-@pytest.mark.parametrize('wrong', [-1, 3, -99])
+@pytest.mark.parametrize('wrong', [-1, 3, -100])
 def test_classes_out_of_range(loss, wrong):
     with pytest.raises(ValueError, match=f'in 0 to 2, got {min(wrong, 0)} to {max(wrong, 0)}'): loss(torch.randn(2, 3), torch.tensor([0, wrong]))
 
@@ -166,22 +166,24 @@ def test_accuracy_of_incomplete_targets(case):
     assert_close(accuracy(x, y, dim, **kwargs), torch.tensor(expected), equal_nan=True)
 
 
-def test_minus_hundred_is_ignored_unless_told_otherwise():
+def test_minus_hundred_is_ignored_when_asked():
+    "By accuracy, which is only read, without being asked."
     x, y = torch.randn(4, 3, requires_grad=True), torch.tensor([0, -100, 2, -100])
-    assert_close(cross_entropy(x, y), F.cross_entropy(x, y))
-    assert_close(nll(log_softmax(x), y), F.nll_loss(F.log_softmax(x, -1), y))
+    ignored = dict(ignore_index=-100)
+    assert_close(cross_entropy(x, y, **ignored), F.cross_entropy(x, y))
+    assert_close(nll(log_softmax(x), y, **ignored), F.nll_loss(F.log_softmax(x, -1), y))
     assert accuracy(x, y) == accuracy(x[::2], y[::2])
     for f in (nll, cross_entropy, accuracy):
         with pytest.raises(ValueError, match='in 0 to 2, got -100 to 2'): f(x, y, ignore_index=-1)
-    assert cross_entropy(x, y.to(torch.int8)) == cross_entropy(x, y)
+    assert cross_entropy(x, y.to(torch.int8), **ignored) == cross_entropy(x, y, **ignored)
     assert accuracy(torch.eye(200), torch.arange(200).to(torch.uint8)) == 1  # 156 is -100 in eight bits
 
 
 def test_when_nothing_counts():
     x, y = torch.randn(4, 3, requires_grad=True), torch.full((4,), -100)
     for kwargs in ({}, dict(weight=torch.rand(3)), dict(label_smoothing=0.1), dict(label_smoothing=0.1, weight=torch.rand(3))):
-        loss, torchs = cross_entropy(x, y, **kwargs), F.cross_entropy(x, y, **kwargs)
-        assert loss.isnan() and torchs.isnan() and cross_entropy(x, y, reduction='sum', **kwargs) == 0
+        loss, torchs = cross_entropy(x, y, ignore_index=-100, **kwargs), F.cross_entropy(x, y, **kwargs)
+        assert loss.isnan() and torchs.isnan() and cross_entropy(x, y, reduction='sum', ignore_index=-100, **kwargs) == 0
         assert torch.equal(*[torch.autograd.grad(l, x)[0] for l in (loss, torchs)])
     assert accuracy(x, y).isnan()
 
