@@ -1,5 +1,5 @@
 "Files in other people's hands: wrapped models, extra state, losses with weights, several processes, names of results."
-import os, signal, socket, subprocess, sys, time
+import copy, os, signal, socket, subprocess, sys, time
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ def clone(state): return {k: v.clone() if isinstance(v, torch.Tensor) else v for
 
 def everything(learn):
     "All that a file which does not fit must leave alone."
-    return [[clone(m.state_dict()) for m in learn.modules], learn.opt and learn.opt.state_dict(), get_rng_state(learn.dls), learn.results]
+    return [[clone(m.state_dict()) for m in learn.modules], learn.opt and copy.deepcopy(learn.opt.state_dict()), get_rng_state(learn.dls), learn.results]
 
 
 # What is better
