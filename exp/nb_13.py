@@ -61,11 +61,12 @@ def _clear_parts(folder, name):
 
 def _clear(part):
     with suppress(OSError):
-        if os.name == 'nt': return part.unlink()  # fails as long as a process has it open
+        old = time.time() - part.stat().st_mtime > 3600
+        if os.name == 'nt' and old: part.unlink()  # fails as long as a process has it open
+        if os.name == 'nt': return
         with part.open('r+b') as file:
             free = _lock(file)
-            if free is None: free = time.time() - part.stat().st_mtime > 3600
-            if free: part.unlink()
+            if free or free is None and old: part.unlink()
 
 # %% ../nbs/13_checkpoints.ipynb #130024
 @contextmanager
@@ -80,7 +81,8 @@ def atomic_write(path): # file to write; gives a binary file
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+            if os.name != 'nt': part.replace(path)  # as long as it is locked
+        if os.name == 'nt': part.replace(path)  # only closed files can be renamed there
         _sync(path.parent)
     except OSError as e:
         text = f'{e.strerror or e}; nothing was written, and an older file is as it was'
