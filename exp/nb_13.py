@@ -61,11 +61,12 @@ def _clear_parts(folder, name):
 
 def _clear(part):
     with suppress(OSError):
-        if os.name == 'nt': return part.unlink()  # fails as long as a process has it open
+        old = time.time() - part.stat().st_mtime > 3600
+        if os.name == 'nt' and old: part.unlink()  # fails as long as a process has it open
+        if os.name == 'nt': return
         with part.open('r+b') as file:
             free = _lock(file)
-            if free is None: free = time.time() - part.stat().st_mtime > 3600
-            if free: part.unlink()
+            if free or free is None and old: part.unlink()
 
 # %% ../nbs/13_checkpoints.ipynb #130024
 @contextmanager
@@ -80,7 +81,8 @@ def atomic_write(path): # file to write; gives a binary file
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+            if os.name != 'nt': part.replace(path)  # as long as it is locked
+        if os.name == 'nt': part.replace(path)  # only closed files can be renamed there
         _sync(path.parent)
     except OSError as e:
         text = f'{e.strerror or e}; nothing was written, and an older file is as it was'
@@ -306,10 +308,12 @@ def _kept(parts, path):
     "After an error within, the modules are as they were before, and a `CheckpointError` names the file."
     states = [(m, m.state_dict()) for m in parts.values()]
     for _, state in states:
-        state.update({k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()})
+        for k, v in [*state.items()]:
+            if nn.parameter.is_lazy(v): del state[k]  # there is nothing in it yet
+            else: state[k] = v.clone() if isinstance(v, Tensor) else copy.deepcopy(v)
     try: yield
     except BaseException as e:
-        for m, state in states: m.load_state_dict(state)
+        for m, state in states: m.load_state_dict(state, strict=False)  # without the lazy ones
         if isinstance(e, CheckpointError) or not isinstance(e, Exception): raise
         raise CheckpointError(f'{path}: {e}') from e
 
@@ -335,7 +339,7 @@ def _check_complete(state, path):
     if missing: raise CheckpointError(f'{path}: expected a whole checkpoint, found one without {missing}')
 
 def _check_opt(learn, opt, path):
-    "Raise `CheckpointError` unless the optimizer is of the same kind, with the same parameters in its groups."
+    "Raise `CheckpointError` unless the optimizer is of the same kind, with the same parameters in groups."
     name = type(learn.opt).__name__
     if opt['name'].lower() != name.lower():
         raise CheckpointError(f'{path}: expected the state of {name}, found that of {opt["name"]}')
@@ -735,21 +739,30 @@ def _values(parts):
         values |= {k if part == 'model' else f'{part}.{k}': v for k, v in _state(m).items()}
     return values, {k: v for k, v in values.items() if isinstance(v, Tensor)}
 
-def _check_values(parts, path):
+def _check_values(parts, path, later=False): # later: lazy parameters may get their shapes until they are saved
     "The header of a file of weights; raises `CheckpointError` with the key for what such a file can't hold."
     values, tensors = _values(parts)
     header, extra = {'format': 'pt'}, {}
     for name, v in values.items():
         try:
             if name not in tensors: extra[name] = _to_json(v)
-            elif v.layout is not torch.strided: raise TypeError(f'a {v.layout} tensor')
-            elif not nn.parameter.is_lazy(v): _pack({'': v.new_empty(0)}, {})  # raises for unknown types
+            else: _check_tensor(v, later)
         except Exception as e:
             raise CheckpointError(f'{path}: expected tensors, and extra state of numbers, strings, lists, '
                                   f'dicts and tensors, found {e} in {name}') from None
+    for part in [*parts][1:]:
+        clash = next((k for k in _state(parts['model']) if k.startswith(f'{part}.')), None)
+        if clash: raise CheckpointError(f'{path}: expected no {part} within the model beside the Learner\'s, found {clash}')
     if extra: header['exp_extra_state'] = json.dumps(extra)
     if len(parts) > 1: header['exp_parts'] = json.dumps([*parts][1:])
     return header
+
+def _check_tensor(v, later):
+    if nn.parameter.is_lazy(v):
+        if not later: raise TypeError('a parameter that has no shape yet')
+    elif v.layout is not torch.strided or hasattr(v, 'full_tensor'):
+        raise TypeError('a sharded tensor' if hasattr(v, 'full_tensor') else f'a {v.layout} tensor')
+    else: _pack({'': v.new_empty(0)}, {})  # raises for types that the format is without
 
 def _save_parts(parts, path):
     path = Path(path).expanduser()
@@ -793,7 +806,7 @@ def _read_parts(path):
 def _read_state_dict(data, path):
     try: state = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
     except Exception:
-        raise CheckpointError(f'{path}: expected tensors by name, as in torch.save(model.state_dict(), path), '
+        raise CheckpointError(f'{path}: expected tensors by name, as of torch.save(model.state_dict(), ...), '
                               'found a damaged file, or something else, which was not run') from None
     if isinstance(state, dict):
         if state.get('format') == FORMAT: return {'model': state['model'], **state.get('modules', {})}
@@ -836,7 +849,7 @@ class SaveBest(Monitor):
         super().before_fit(learn)
         if self.path.is_dir():
             raise IsADirectoryError(errno.EISDIR, 'expected a file to write, found a folder', str(self.path))
-        _check_values(_parts(learn), self.path)
+        _check_values(_parts(learn), self.path, later=True)
 
     def after_epoch(self, learn):
         if self.improved(learn): _save_parts(_parts(learn), self.path)

@@ -1,5 +1,5 @@
 "Files in other people's hands: wrapped models, extra state, losses with weights, several processes, names of results."
-import os, signal, socket, subprocess, sys, time
+import copy, os, signal, socket, subprocess, sys, time
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ def clone(state): return {k: v.clone() if isinstance(v, torch.Tensor) else v for
 
 def everything(learn):
     "All that a file which does not fit must leave alone."
-    return [[clone(m.state_dict()) for m in learn.modules], learn.opt and learn.opt.state_dict(), get_rng_state(learn.dls), learn.results]
+    return [[clone(m.state_dict()) for m in learn.modules], learn.opt and copy.deepcopy(learn.opt.state_dict()), get_rng_state(learn.dls), learn.results]
 
 
 # What is better
@@ -183,6 +183,23 @@ def test_a_loss_with_weights_is_resumed_saved_and_kept(tmp_path):
     from safetensors.torch import load_file
     assert sorted(k for k in load_file(tmp_path/'best') if k.startswith('loss_func.')) == ['loss_func.centers', 'loss_func.seen']
 
+def test_a_model_that_has_a_loss_of_its_own(tmp_path):
+    "Its names are its own; with another loss beside it, they could not be told apart in a file of weights."
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.loss_func = net(), Centers()
+        def forward(self, x): return self.net(x)
+    one, two = new_learner(model=Model()), new_learner(model=Model())
+    one.fit(1, cbs=SaveBest(tmp_path/'a'))
+    one.save(tmp_path/'b.pt'), one.save(tmp_path/'b.safetensors')
+    for name in ('b.pt', 'b.safetensors'): assert same(two.load(tmp_path/name).model.state_dict(), one.model.state_dict())
+    both = new_learner(model=Model(), loss_func=Centers())
+    with pytest.raises(CheckpointError, match='found loss_func.centers'): both.fit(1, cbs=SaveBest(tmp_path/'c'))
+    both.fit(1)
+    both.save(tmp_path/'d.pt')
+    assert same(new_learner(model=Model(), loss_func=Centers()).load(tmp_path/'d.pt').model.state_dict(), both.model.state_dict())
+
 def test_learners_with_more_and_with_fewer_modules(tmp_path):
     plain, more = new_learner(), new_learner(loss_func=Centers())
     for learn, name in ((plain, 'plain'), (more, 'more')):
@@ -235,8 +252,11 @@ def test_plain_extra_state_comes_back(value, tmp_path):
 def test_other_extra_state_is_refused_before_the_training(value, tmp_path):
     model = nn.Sequential(Extra(value))
     before = model[0].weight.detach().clone()
+    class Begun(Callback):
+        order = -100
+        def before_epoch(self, learn): raise ZeroDivisionError
     for cb in (SaveBest(tmp_path/'a'), Checkpoint(tmp_path/'c')):
-        with pytest.raises(CheckpointError, match='expected .* found .*0._extra_state'): new_learner(model=model).fit(1, cbs=cb)
+        with pytest.raises(CheckpointError, match='expected .* found .*0._extra_state'): new_learner(model=model).fit(1, cbs=[cb, Begun()])
     for save in (lambda: save_weights(model, tmp_path/'a'), lambda: new_learner(model=model).save(tmp_path/'a.pt')):
         with pytest.raises(CheckpointError, match='0._extra_state'): save()
     assert torch.equal(model[0].weight, before) and not [*tmp_path.iterdir()]
@@ -245,6 +265,14 @@ def test_tensors_that_the_format_is_without_are_refused_before_the_training(tmp_
     model = nn.Linear(4, 3)
     model.register_buffer('odd', torch.eye(3).to_sparse())
     with pytest.raises(CheckpointError, match='expected tensors.*in odd'): new_learner(model=model).fit(1, cbs=SaveBest(tmp_path/'a'))
+
+def test_a_model_that_has_no_shapes_yet(tmp_path):
+    "It is refused until they are there, and takes a file's."
+    lazy, model = nn.Sequential(nn.LazyLinear(3)), nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(CheckpointError, match='no shape yet in 0.weight'): save_weights(lazy, tmp_path/'a')
+    save_weights(model, tmp_path/'a')
+    load_weights(lazy, tmp_path/'a')
+    assert torch.equal(lazy[0].weight, model[0].weight)
 
 def test_a_callback_that_keeps_odd_things_is_named_before_the_training(tmp_path):
     class Keeps(Callback):
@@ -334,6 +362,29 @@ def test_names_that_a_model_really_has_stay(make, tmp_path):
         load_weights(two, tmp_path/name)
         assert same(two.state_dict(), one.state_dict())
     with pytest.raises(CheckpointError, match='made by another model'): load_weights(nn.Linear(3, 4), tmp_path/'a')
+
+
+def test_names_that_would_be_the_same_without_the_words(tmp_path):
+    "Nothing is guessed."
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.module = nn.Parameter(torch.ones(3, 4)), nn.Linear(4, 3, bias=False)
+    save_weights(nn.Linear(4, 3, bias=False), tmp_path/'a')
+    with pytest.raises(CheckpointError, match=r'made by another model: expected module.weight \(3, 4\), found none'):
+        load_weights(Both(), tmp_path/'a')
+
+def test_a_module_hears_which_version_of_its_class_wrote_a_checkpoint(tmp_path):
+    class Versioned(nn.Linear):
+        _version = 3
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+            self.heard = local_metadata.get('version')
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    def make(): return nn.Sequential(Versioned(4, 3))
+    for first, second in ((make, make), (lambda: nn.DataParallel(make()), make), (make, lambda: nn.DataParallel(compiled(make())))):
+        new_learner(model=first()).save(tmp_path/'a.pt')
+        learn = new_learner(model=second()).load(tmp_path/'a.pt')
+        assert [m.heard for m in learn.model.modules() if isinstance(m, Versioned)] == [3]
 
 
 # What does not fit
@@ -467,21 +518,27 @@ def test_odd_things_among_the_checkpoints(tmp_path):
 
 WRITER = '''
 import sys
+from pathlib import Path
 from exp.nb_13 import atomic_write
-for i in range(40):
+print('ready', flush=True)
+sys.stdin.readline()
+for i in range(100):
     with atomic_write('a.bin') as file:
         for _ in range(50): file.write(bytes([int(sys.argv[1])])*1000)
 '''
 
 def test_two_processes_write_one_file(tmp_path):
     "Neither takes the other's part away, and what is there is always one's or the other's."
-    writers = [subprocess.Popen([sys.executable, '-c', WRITER, str(i)], cwd=tmp_path, stderr=subprocess.PIPE, text=True) for i in (1, 2)]
+    pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
+    writers = [subprocess.Popen([sys.executable, '-c', WRITER, str(i)], cwd=tmp_path, text=True, **pipes) for i in (1, 2)]
+    for w in writers: w.stdout.readline()
+    for w in writers: w.stdin.write('go\n'), w.stdin.flush()
     while any(w.poll() is None for w in writers):
         if (tmp_path/'a.bin').exists():
             data = (tmp_path/'a.bin').read_bytes()
             assert len(data) == 50_000 and len({*data}) == 1
         time.sleep(0.002)
-    assert [w.communicate()[1] for w in writers] == ['', ''] and [p.name for p in tmp_path.iterdir()] == ['a.bin']
+    assert [w.stderr.read() for w in writers] == ['', ''] and [p.name for p in tmp_path.iterdir()] == ['a.bin']
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_parts_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path):
@@ -548,14 +605,16 @@ def test_children_do_not_hold_the_lock(tmp_path):
     "Such as workers of a loader, which live on for a moment after their parent was killed."
     class Fork(Callback):
         def after_epoch(self, learn):
-            self.pid = os.fork()
-            if self.pid == 0: time.sleep(30), os._exit(0)
-    fork = Fork()
-    new_learner().fit(1, cbs=[fork, Checkpoint(tmp_path)])
-    lock = (tmp_path/'.lock')
-    new_learner().fit(2, cbs=Checkpoint(tmp_path, resume=True))
-    os.kill(fork.pid, signal.SIGKILL), os.waitpid(fork.pid, 0)
-    assert not lock.exists()
+            child = os.fork()
+            if child == 0: time.sleep(30), os._exit(0)
+            (tmp_path/'child').write_text(str(child))
+            os.kill(os.getpid(), signal.SIGKILL)
+    parent = os.fork()
+    if parent == 0: new_learner().fit(1, cbs=[Fork(), Checkpoint(tmp_path/'run')]), os._exit(0)
+    assert os.WTERMSIG(os.waitpid(parent, 0)[1]) == signal.SIGKILL and (tmp_path/'run'/'.lock').exists()
+    try: new_learner().fit(1, cbs=Checkpoint(tmp_path/'run', resume=True))
+    finally: os.kill(int((tmp_path/'child').read_text()), signal.SIGKILL)
+    assert not (tmp_path/'run'/'.lock').exists()
 
 @pytest.mark.parametrize('error', [CancelFit, ZeroDivisionError, KeyboardInterrupt])
 def test_the_lock_is_given_back_however_the_fit_ends(error, tmp_path):

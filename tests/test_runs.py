@@ -180,7 +180,7 @@ def test_a_run_before_its_first_epoch_has_no_weights(small, monkeypatch):
 
 def test_names_that_are_alike_and_names_with_signs(small, capsys):
     "Runs of one name in two folders; signs that pictures take for formulas; letters of other alphabets."
-    a, b = (exp_train(epochs=e, model='linear', name='точность $x^ {', out=out) for e, out in ((1, 'a'), (2, 'b')))
+    a, b = (exp_train(epochs=e, model='linear', name='точность $x^$', out=out) for e, out in ((1, 'a'), (2, 'b')))
     if a.name != b.name: b = b.rename(b.with_name(a.name))
     assert {row['']: (row[str(a)], row[str(b)]) for row in compare_runs(a, b)}['epochs'] == (1, 2)
     plot_runs(a, b).savefig('a.png')
@@ -298,6 +298,8 @@ def test_screens_of_all_kinds(good, tmp_path):
         assert done.returncode == 0 and done.stderr == b'', (command, done)
         if env: assert b'20310101-000000-????????' in done.stdout
     (Path('runs')/'20320101-000000-ё').mkdir()
+    done = shell(tmp_path, 'exp_runs 2>&-')
+    assert done.returncode == 0 and b'expected a run' not in done.stdout
     done = shell(tmp_path, 'exp_runs', **ascii)
     assert done.returncode == 0 and len(done.stderr.splitlines()) == 1 and b'20320101-000000-' in done.stderr
     done = shell(tmp_path, 'exp_runs ничто', **ascii)
