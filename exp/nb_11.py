@@ -13,6 +13,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 from fastcore.basics import patch
+from .nb_00 import COLORS
 from .nb_10 import Callback, CancelFit, Learner, as_list, get_momentum, load_opt_state, whole_number
 
 # %% ../nbs/11_schedules.ipynb #110017
@@ -41,7 +42,8 @@ def sched_cos(start:float, end:float): # -> function of progress
 # %% ../nbs/11_schedules.ipynb #110018
 def sched_exp(start:float, end:float): # both > 0; -> function of progress
     "The same factor at every step from `start` to `end`; raises `ValueError` unless both are above 0."
-    if not (start > 0 and end > 0): raise ValueError(f'expected start and end above 0, got {start} and {end}')
+    if not (start > 0 and end > 0):
+        raise ValueError(f'expected start and end above 0, got {start} and {end}')
     return _sched(lambda t: start**(1 - t)*end**t)
 
 def sched_poly(start:float, end:float, power:float=2.): # power > 0; -> function of progress
@@ -57,7 +59,8 @@ def combine_scheds(fractions, # share of the progress for each part, each > 0, a
                    scheds): # functions of progress, one a part
     "One schedule after another; raises `ValueError` for fractions that don't match."
     fractions, scheds = list(fractions), list(scheds)
-    if len(fractions) != len(scheds): raise ValueError(f'expected a fraction for each of {len(scheds)} schedules, got {len(fractions)}')
+    if len(fractions) != len(scheds):
+        raise ValueError(f'expected a fraction for each of {len(scheds)} schedules, got {len(fractions)}')
     if not all(f > 0 for f in fractions) or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
         raise ValueError(f'expected fractions above 0 that add up to 1, got {fractions}')
     ends = [*accumulate(fractions)][:-1] + [1.]
@@ -81,12 +84,13 @@ def sched_wsd(start:float, # at the beginning
               warmup:float=0.1, # share of the warm-up, > 0
               decay:float=0.2): # share of the decay, > 0, with `warmup` less than 1; -> function of progress
     "Linear warm-up, a plateau, linear decay (Hu et al., 2024)."
-    return combine_scheds([warmup, 1 - warmup - decay, decay], [sched_lin(start, top), sched_const(top), sched_lin(top, end)])
+    parts = [sched_lin(start, top), sched_const(top), sched_lin(top, end)]
+    return combine_scheds([warmup, 1 - warmup - decay, decay], parts)
 
 # %% ../nbs/11_schedules.ipynb #110036
 def _set_hyper(group, name, value):
     if name == 'momentum' and name not in group: group['betas'] = (value, *group['betas'][1:])
-    elif isinstance(group[name], torch.Tensor): group[name].fill_(value)  # compiled steps go on reading this tensor
+    elif isinstance(group[name], torch.Tensor): group[name].fill_(value)  # compiled steps go on reading it
     else: group[name] = value
 
 def _get_hyper(group, name):
@@ -95,7 +99,7 @@ def _get_hyper(group, name):
 
 # %% ../nbs/11_schedules.ipynb #110037
 class Scheduler(Callback):
-    "Sets entries of the optimizer's parameter groups before each training batch, and puts them back after the fit."
+    "Sets entries of the optimizer's groups before each training batch, and puts them back after the fit."
     order, sweep = -1, False
     def __init__(self, **scheds): # name of the entry -> function of progress, or a list of them, one a group
         self.scheds, self.before = scheds, []
@@ -103,23 +107,20 @@ class Scheduler(Callback):
     def before_fit(self, learn):
         groups, before = learn.opt.param_groups, []
         for name, scheds in self.scheds.items():
-            known = {k for k, v in groups[0].items() if k != 'params' and _is_number(v)}
-            if 'betas' in groups[0]: known.add('momentum')
-            if name not in known: raise ValueError(f'expected one of {sorted(known)} to schedule, got {name!r}')
-            if isinstance(scheds, (tuple, list)) and len(scheds) != len(groups):
-                raise ValueError(f'expected {len(groups)} schedules for {name}, one a group, got {len(scheds)}')
+            _check_entry(groups, name, scheds)
             before += [(i, name, _get_hyper(group, name)) for i, group in enumerate(groups)]
         self.before = before
 
     def before_batch(self, learn):
         if not learn.training: return
-        if learn.n_iter is None: raise ValueError('expected training data with a length, to know how far we are; got none')
+        if learn.n_iter is None:
+            raise ValueError('expected training data with a length, to know how far we are; got none')
         pos = (learn.epoch*learn.n_iter + learn.iter)/(learn.n_epochs*learn.n_iter)
         for name, scheds in self.scheds.items():
-            for i, group in enumerate(learn.opt.param_groups):  # looked up each time: they may have been replaced
+            for i, group in enumerate(learn.opt.param_groups):  # looked up each time: they may be new ones
                 value = (scheds[i] if isinstance(scheds, (tuple, list)) else scheds)(pos)
                 if name == 'lr' and not 0 <= value < math.inf:
-                    raise ValueError(f'expected a schedule of rates of at least 0, got {value} at progress {pos:.3g}')
+                    raise ValueError(f'expected rates of at least 0, got {value} at progress {pos:.3g}')
                 _set_hyper(group, name, value)
 
     def cleanup_fit(self, learn):
@@ -128,13 +129,22 @@ class Scheduler(Callback):
             if i < len(groups): _set_hyper(groups[i], name, value)
         self.before = []
 
+# %% ../nbs/11_schedules.ipynb #110305
+def _check_entry(groups, name, scheds):
+    "Raise `ValueError` unless the groups have a number of that name, and a schedule each."
+    known = {k for k, v in groups[0].items() if k != 'params' and _is_number(v)}
+    if 'betas' in groups[0]: known.add('momentum')
+    if name not in known: raise ValueError(f'expected one of {sorted(known)} to schedule, got {name!r}')
+    if isinstance(scheds, (tuple, list)) and len(scheds) != len(groups):
+        raise ValueError(f'expected {len(groups)} schedules for {name}, one a group, got {len(scheds)}')
+
 def _is_number(value): return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
 
 # %% ../nbs/11_schedules.ipynb #110044
 @patch
 def fit_one_cycle(self:Learner,
                   n_epochs:int, # passes over the training data, at least 1
-                  lr_max=None, # top of the cycle, > 0: one for all groups, a list, or a slice; None: the Learner's `lr`
+                  lr_max=None, # top of the cycle, > 0: one for all groups, a list, a slice; None: `self.lr`
                   div:float=25., # it starts at lr_max/div, > 0
                   div_final:float=1e5, # and ends at lr_max/div_final, > 0
                   pct_start:float=0.25, # share of the way up, in (0, 1)
@@ -142,8 +152,8 @@ def fit_one_cycle(self:Learner,
                   cbs=(), # more callbacks, for this fit
                   reset_opt:bool=False, # make a new optimizer instead of going on with the old one
                   max_batches:int=None): # end each pass after so many batches; None: all
-    """`fit` with one cycle of learning rate and momentum (Smith and Topin, 2018); raises `ValueError` for rates, shares and
-    divisors that make no cycle."""
+    """`fit` with one cycle of learning rate and momentum (Smith and Topin, 2018); raises `ValueError` for
+    rates, shares and divisors that make no cycle."""
     _check_cycle(pct_start, div=div, div_final=div_final)
     self.ready_opt(reset_opt)
     lrs = self.rates(self.lr if lr_max is None else lr_max)
@@ -163,55 +173,29 @@ def _check_cycle(pct_start, **divisors):
 @patch
 def fit_flat_cos(self:Learner,
                  n_epochs:int, # passes over the training data, at least 1
-                 lr=None, # rate of the flat part, > 0: one for all groups, a list, or a slice; None: the Learner's `lr`
+                 lr=None, # rate of the flat part, > 0: one for all groups, a list, a slice; None: `self.lr`
                  div_final:float=1e5, # it ends at lr/div_final, > 0
                  pct_start:float=0.75, # share of the flat part, in (0, 1)
                  cbs=(), # more callbacks, for this fit
                  reset_opt:bool=False, # make a new optimizer instead of going on with the old one
                  max_batches:int=None): # end each pass after so many batches; None: all
-    "`fit` at a constant rate that falls along a cosine at the end; raises `ValueError` as `fit_one_cycle` does."
+    "`fit` at a constant rate that falls along a cosine at the end; raises `ValueError` as `fit_one_cycle`."
     _check_cycle(pct_start, div_final=div_final)
     self.ready_opt(reset_opt)
     lrs = self.rates(self.lr if lr is None else lr)
-    scheds = [combine_scheds([pct_start, 1 - pct_start], [sched_const(lr), sched_cos(lr, lr/div_final)]) for lr in lrs]
+    parts = [[sched_const(lr), sched_cos(lr, lr/div_final)] for lr in lrs]
+    scheds = [combine_scheds([pct_start, 1 - pct_start], part) for part in parts]
     self.fit(n_epochs, cbs=[Scheduler(lr=scheds), *as_list(cbs)], max_batches=max_batches)
-
-# %% ../nbs/11_schedules.ipynb #110050
-def _generators(dls):
-    "The random generators of loaders and their samplers, ours and torch's."
-    owners = [o for dl in dls for o in (dl, getattr(dl, 'sampler', None))]
-    found = [g for o in owners if isinstance(g := getattr(o, 'generator', None), torch.Generator)]
-    return list({id(g): g for g in found}.values())
-
-def get_rng_state(dls=() # loaders whose own generators to include
-                 ) -> dict: # of numbers, tuples and tensors
-    "The state of all random generators: Python, numpy, torch, every CUDA device, MPS, the loaders."
-    numpy = np.random.get_state()
-    state = dict(python=random.getstate(), numpy=(numpy[0], torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]),
-                 torch=torch.get_rng_state(), loaders=[g.get_state() for g in _generators(dls)])
-    if torch.cuda.is_available(): state['cuda'] = torch.cuda.get_rng_state_all()
-    if torch.backends.mps.is_available(): state['mps'] = torch.mps.get_rng_state()
-    return state
-
-def set_rng_state(state:dict, # from `get_rng_state`
-                  dls=()): # the loaders, in the same order
-    "Put all random generators into a state they were in before; raises `ValueError` if the loaders don't match."
-    generators = _generators(dls)
-    if len(generators) != len(state['loaders']):
-        raise ValueError(f'expected loaders with {len(state["loaders"])} generators, got {len(generators)}')
-    random.setstate(state['python'])
-    np.random.set_state((state['numpy'][0], state['numpy'][1].numpy().astype(np.uint32), *state['numpy'][2:]))
-    torch.set_rng_state(state['torch'])
-    for g, s in zip(generators, state['loaders']): g.set_state(s)
-    if 'cuda' in state and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
-    if 'mps' in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(state['mps'])
 
 # %% ../nbs/11_schedules.ipynb #110053
 class _Sweep(Callback):
-    "Raises the learning rate step by step; records the smoothed loss of each; ends the fit when it explodes."
+    "Raises the rate step by step; records the smoothed loss of each; ends the fit when it explodes."
     order = -1
     def __init__(self, sched, steps, diverged): self.sched, self.steps, self.diverged = sched, steps, diverged
-    def before_fit(self, learn): self.i, self.mean, self.lrs, self.raw, self.losses, self.batches = 0, 0., [], [], [], []
+
+    def before_fit(self, learn):
+        self.i, self.mean, self.batches = 0, 0., []
+        self.lrs, self.raw, self.losses = [], [], []
 
     def before_batch(self, learn):
         self.lr = self.sched(self.i/(self.steps - 1))
@@ -220,14 +204,12 @@ class _Sweep(Callback):
     def after_loss(self, learn): self.batches.append(learn.loss.detach())
 
     def after_step(self, learn):
-        raw, self.batches = torch.stack(self.batches).mean().item(), []  # of several batches, if gradients are accumulated
+        raw, self.batches = torch.stack(self.batches).mean().item(), []
         self.i += 1
         self.mean = 0.9*self.mean + 0.1*raw
         loss = self.mean/(1 - 0.9**self.i)
         if not math.isfinite(loss) or self.exploded(loss): raise CancelFit
-        self.lrs.append(self.lr)
-        self.raw.append(raw)
-        self.losses.append(loss)
+        for kept, value in ((self.lrs, self.lr), (self.raw, raw), (self.losses, loss)): kept.append(value)
         if self.i == self.steps: raise CancelFit
 
     def exploded(self, loss):
@@ -260,8 +242,9 @@ def _valley(lrs, losses):
 def _falls(raw, losses):
     "Whether the loss fell by more than its noise explains, three times over."
     low = losses.index(min(losses))
+    if low < 2: return False
     start, end = raw[:10], raw[max(0, low - 9):low + 1]
-    noise = statistics.pstdev(b - a for a, b in zip(raw[:low], raw[1:low + 1]))/math.sqrt(2) if low > 1 else math.inf
+    noise = statistics.pstdev(b - a for a, b in zip(raw[:low], raw[1:low + 1]))/math.sqrt(2)
     return statistics.fmean(start) - statistics.fmean(end) > 3*noise*math.sqrt(1/len(start) + 1/len(end))
 
 # %% ../nbs/11_schedules.ipynb #110057
@@ -273,7 +256,7 @@ def lr_find(self:Learner,
             diverged:float=4., # stop when the smoothed loss is this many times its lowest value, > 1
             plot:bool=True, # draw the curve
            ) -> SuggestedLRs: # valley and steepest; None, with a warning, if the loss never falls
-    "Train with rising learning rates, suggest some, and put everything back; raises `ValueError` if nothing can be seen."
+    "Train with rising rates, suggest some, put everything back; raises `ValueError` if nothing can be seen."
     if not 0 < start < end < math.inf: raise ValueError(f'expected 0 < start < end, got {start}, {end}')
     if not diverged > 1: raise ValueError(f'expected diverged above 1, got {diverged}')
     sweep = _Sweep(sched_exp(start, end), whole_number(steps, 'steps', 10), diverged)
@@ -289,21 +272,58 @@ def lr_find(self:Learner,
         if opt: load_opt_state(self.opt, opt)
         set_rng_state(rng, self.dls)
     if len(sweep.lrs) < 10:
-        raise ValueError(f'expected 10 losses to see a slope, got {len(sweep.lrs)} before the loss exploded: lower start?')
+        n = len(sweep.lrs)
+        raise ValueError(f'expected 10 losses to see a slope, got {n} before it exploded: lower start?')
     if _falls(sweep.raw, sweep.losses):
         found = SuggestedLRs(_valley(sweep.lrs, sweep.losses), _steepest(sweep.lrs, sweep.losses))
     else:
         found = SuggestedLRs(None, None)
-        warnings.warn(f'the loss did not fall at any rate from {start:g} to {end:g}: no rate can be suggested')
+        warnings.warn(f'the loss fell at no rate from {start:g} to {end:g}: no rate can be suggested')
     if plot: _plot_sweep(sweep, found)
     return found
 
 # %% ../nbs/11_schedules.ipynb #110058
 def _plot_sweep(sweep, found):
+    "The smoothed loss by rate, cut off where it explodes, with a mark for each suggestion."
     import matplotlib.pyplot as plt
-    ax = plt.subplots(figsize=(6, 2.8))[1]
-    ax.plot(sweep.lrs, sweep.losses, color='tab:gray', label='smoothed loss')
-    for name, lr, marker in zip(found._fields, found, 'os'):
-        if lr: ax.plot(lr, sweep.losses[sweep.lrs.index(lr)], marker, ms=8, label=f'{name}: {lr:.2g}')
+    ax, first, low = plt.subplots(figsize=(5.6, 2.8))[1], sweep.losses[0], min(sweep.losses)
+    ax.plot(sweep.lrs, sweep.losses, color=COLORS['gray'])
+    for name, lr, color, up in zip(found._fields, found, ('blue', 'vermillion'), (14, -20)):
+        if lr is None: continue
+        loss = sweep.losses[sweep.lrs.index(lr)]
+        ax.plot(lr, loss, 'o', color=COLORS[color])
+        ax.annotate(f'{name}: {lr:.2g}', (lr, loss), xytext=(-70, up), textcoords='offset points',
+                    color=COLORS[color])
     ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='smoothed loss')
-    ax.legend()
+    ax.set_ylim(low - 0.1*(first - low), max(first + 0.2*(first - low), first + 1e-3*abs(first)))
+
+# %% ../nbs/11_schedules.ipynb #110050
+def _generators(dls):
+    "The random generators of loaders and their samplers, ours and torch's."
+    owners = [o for dl in dls for o in (dl, getattr(dl, 'sampler', None))]
+    found = [g for o in owners if isinstance(g := getattr(o, 'generator', None), torch.Generator)]
+    return list({id(g): g for g in found}.values())
+
+def get_rng_state(dls=() # loaders whose own generators to include
+                 ) -> dict: # of numbers, tuples and tensors
+    "The state of all random generators: Python, numpy, torch, every CUDA device, MPS, the loaders."
+    kind, keys, *rest = np.random.get_state()
+    state = dict(python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+                 torch=torch.get_rng_state(), loaders=[g.get_state() for g in _generators(dls)])
+    if torch.cuda.is_available(): state['cuda'] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available(): state['mps'] = torch.mps.get_rng_state()
+    return state
+
+def set_rng_state(state:dict, # from `get_rng_state`
+                  dls=()): # the loaders, in the same order
+    "Put all random generators into a state they were in before; raises `ValueError` for other loaders."
+    generators = _generators(dls)
+    if len(generators) != len(state['loaders']):
+        raise ValueError(f'expected loaders with {len(state["loaders"])} generators, got {len(generators)}')
+    random.setstate(state['python'])
+    kind, keys, *rest = state['numpy']
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state['torch'])
+    for g, s in zip(generators, state['loaders']): g.set_state(s)
+    if 'cuda' in state and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
+    if 'mps' in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(state['mps'])
