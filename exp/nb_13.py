@@ -520,10 +520,11 @@ class _FolderLock:
     def take(self):
         "Raises `CheckpointError` if it is taken; returns an `OSError` if nothing can be written there."
         if _is_helper(): return None
-        try: self.open()
-        except OSError as e:
-            return OSError(e.errno, f'{e.strerror or e}; nothing was written', str(self.folder))
-        _locks.add(self)
+        for _ in range(10):  # another process may remove the folder as it gives it back
+            try: self.open()
+            except OSError as e: problem = e
+            else: return _locks.add(self)
+        return OSError(problem.errno, f'{problem.strerror}; nothing was written', str(self.folder))
 
     def open(self):
         made = [f for f in (self.folder, *self.folder.parents) if not f.exists()]
