@@ -43,7 +43,8 @@ def newton_schulz(g:Tensor, # matrix (m, n)
 # %% ../nbs/12_optimizers.ipynb #120220
 _OFF = dict(maximize=False, amsgrad=False, dampening=0, centered=False, capturable=False,
             differentiable=False, foreach=None, fused=None)
-_NUMBERS = ('lr', 'momentum', 'weight_decay', 'alpha', 'betas', 'eps', 'ratio', 'ns_steps')
+_BELOW = dict(lr=math.inf, weight_decay=math.inf, eps=math.inf, ratio=math.inf, ns_steps=math.inf,
+              momentum=1, alpha=1, betas=1)
 
 class _Options(torch.optim.Optimizer):
     "Groups and checkpoints as the `twin` has them; what only the twin can do is refused wherever given."
@@ -52,26 +53,27 @@ class _Options(torch.optim.Optimizer):
     def __init_subclass__(cls):
         if cls.twin: cls.twin_options = cls.twin([torch.zeros(1, 1)]).defaults
 
-    def own(self, group): return self.defaults.keys()  # the options of such a group
+    def own(self, group): return self.names  # the names of the options of such a group
 
-    def check(self, group):
-        "Raise `ValueError` for a rate below 0 and an option of others, unless it is off: then forget it."
-        own, twin, lr = self.own(group), self.twin_options, group.get('lr')
-        for k in [k for k in group if k not in own and (k in _OFF or k in twin or k in self.defaults)]:
-            value, off = group[k], (_OFF | twin | self.defaults)[k]
-            if value != off and (value or off):
-                raise ValueError(f'expected {k}={off}, got {value}: {type(self).__name__} has no other')
-            del group[k]
-        if isinstance(lr, float) and not lr >= 0: _check_value('lr', lr)
-
-    def _check_all(self, group):
-        self.check(group)
-        for k in self.own(group) & group.keys(): _check_value(k, group[k])
+    def check(self, group, values=True) -> dict: # the options
+        "Raise `ValueError` for a wrong value, and for an option of others unless it is off: then forget it."
+        own = self.own(group)
+        options, lr = {k: v for k, v in group.items() if k in own}, group.get('lr')
+        if len(options) + 1 != len(group):  # there is more than these and `params`
+            usual = _OFF | self.twin_options | {k: self.defaults[k] for k in self.names}
+            for k in (group.keys() & usual.keys()) - own:
+                if group[k] != usual[k] and (group[k] or usual[k]):
+                    name = type(self).__name__
+                    raise ValueError(f'expected {k}={usual[k]}, got {group[k]}: {name} has only that')
+                del group[k]
+        if values or isinstance(lr, float) and not lr >= 0:
+            for k, v in options.items(): _check_value(k, v)
+        return options
 
     def add_param_group(self, group): # dict with `params` and options
         "Add a group; raises `ValueError` for an option that is wrong or unknown."
         super().add_param_group(group)
-        try: self._check_all(self.param_groups[-1])
+        try: self.check(self.param_groups[-1])
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -79,32 +81,33 @@ class _Options(torch.optim.Optimizer):
     def state_dict(self):
         "State and options, as the twin writes and reads them."
         state_dict = super().state_dict()
-        rest = {k: v for k, v in self.twin_options.items() if k not in self.defaults}
+        rest = {k: v for k, v in self.twin_options.items() if k not in self.names}
         for group in state_dict['param_groups']: group.update(rest)
         return state_dict
 
     def __setstate__(self, state):
         "The end of loading and unpickling: takes over everything or, with a `ValueError`, nothing."
-        vars(self).setdefault('defaults', state.get('defaults'))
+        if 'defaults' in state: self.defaults, self.names = state['defaults'], frozenset(state['defaults'])
         for group, old in zip(state['param_groups'], vars(self).get('param_groups', state['param_groups'])):
-            for k in ('foreach', 'fused'): group.pop(k, None)  # how it was computed, not what
+            for k in {'foreach', 'fused'} - self.names: group.pop(k, None)  # say how, not what
             for k in self.own(old) & old.keys(): group.setdefault(k, old[k])
-            self._check_all(group)
+            self.check(group)
             for p in group['params']:
-                for k, v in state['state'].get(p, {}).items():
+                record = state['state'].get(p, {})
+                for k, v in record.items():
                     if k != 'step' and self.twin and getattr(v, 'shape', p.shape) != p.shape:
                         raise ValueError(f'expected {k} of shape {tuple(p.shape)}, got {tuple(v.shape)}')
+                    if isinstance(v, Tensor) and v.is_sparse: record[k] = v.to_dense()
         super().__setstate__(state)
-        self.defaults.pop('differentiable', None)  # which PyTorch puts there
+        if 'differentiable' not in self.names: self.defaults.pop('differentiable', None)  # PyTorch adds it
 
 def _check_value(name, value):
-    limit = 1 if name in ('betas', 'alpha', 'momentum') else math.inf
-    numbers = value if isinstance(value, (tuple, list)) else [value]
+    limit, numbers = _BELOW.get(name, math.inf), value if isinstance(value, (tuple, list)) else [value]
     if name == 'lr' and isinstance(value, Tensor) and value.numel() == 1: numbers = [value.item()]
-    good = [0 <= v < limit if isinstance(v, Real) else name not in _NUMBERS for v in numbers]
-    if not all(good) or name == 'betas' and len(good) != 2:
-        below = ' and below 1' if limit == 1 else ''
-        raise ValueError(f'expected {name} of at least 0{below}, got {value!r}')
+    good = all(0 <= v < limit if isinstance(v, Real) else name not in _BELOW for v in numbers)
+    if not good or name == 'betas' and len(numbers) != 2:
+        wanted = 'at least 0 and below 1' if limit == 1 else 'at least 0'
+        raise ValueError(f'expected {name} of {wanted}, got {value!r}')
 
 # %% ../nbs/12_optimizers.ipynb #120210
 def _listened(step):
@@ -124,6 +127,8 @@ class BaseOptimizer(_Options):
 
     def __init__(self, params, # iterable of Tensors, pairs (name, Tensor), or groups: dicts with options
                  **options): # name -> value for the groups that don't say; numbers are at least 0
+        self.names = frozenset(options)
+        for name, value in options.items(): _check_value(name, value)
         super().__init__(params, options)
 
     @_listened
@@ -136,8 +141,8 @@ class BaseOptimizer(_Options):
         return loss
 
     def _kinds(self, group):
-        self.check(group)
-        kinds, lr = {}, group.get('lr')
+        "The parameters with a gradient, in lists of one kind, and their options."
+        kinds, options, lr = {}, self.check(group, values=False), group.get('lr')
         for p in group['params']:
             g = p.grad
             if g is not None: kinds.setdefault((p.dtype, p.device, type(p), g.layout), []).append(p)
@@ -145,8 +150,7 @@ class BaseOptimizer(_Options):
             if layout is not torch.strided and not self.sparse:
                 raise RuntimeError(f'expected dense gradients, got {layout}: '
                                    f'{type(self).__name__} does not support sparse gradients, SGD does')
-            options = {k: v for k, v in group.items() if k in self.defaults}
-            if isinstance(lr, Tensor): options['lr'] = lr.detach().to(device).reshape(())
+            if isinstance(lr, Tensor): options = options | dict(lr=lr.detach().to(device).reshape(()))
             yield params, options
 
     def recall(self, params, name:str) -> list: # of Tensors like `params`, to be changed in place
@@ -298,7 +302,13 @@ class Muon(BaseOptimizer):
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                          ns_steps=ns_steps, ns_dtype=ns_dtype, ratio=ratio, betas=betas, muon=muon)
 
-    def own(self, group): return self.defaults.keys() - (_OF_OTHERS if group['muon'] else _OF_MATRICES)
+    def own(self, group): return self.names - (_OF_OTHERS if group['muon'] else _OF_MATRICES)
+
+    def check(self, group, values=True):
+        options = super().check(group, values)
+        flat = [tuple(p.shape) for p in group['params'] if p.ndim < 2] if group['muon'] and values else []
+        if flat: raise ValueError(f'expected matrices in a group with muon=True, got shapes {flat}')
+        return options
 
     def update(self, params, grads, lr, weight_decay, muon, **options):
         if params[0].is_complex(): raise RuntimeError('Muon does not support complex weights')
