@@ -208,6 +208,7 @@ def _save_state(state, path):
     _check_readable(state, path)
     _write(state, path)
 
+# %% ../nbs/13_checkpoints.ipynb #130118
 def _check_readable(state, path):
     "Raise `CheckpointError` for what a file without programs can't hold: better now than when it is read."
     odd = _odd(state)
@@ -334,6 +335,7 @@ def _all_or_nothing(learn, path):
                 group.update(old)
             raise
 
+# %% ../nbs/13_checkpoints.ipynb #130121
 def _check_complete(state, path):
     missing = [k for k in ('versions', 'model', 'opt', 'random', 'results', 'cbs') if k not in state]
     if missing: raise CheckpointError(f'{path}: expected a whole checkpoint, found one without {missing}')
@@ -770,21 +772,7 @@ def _save_parts(parts, path):
     data = _pack(_values(parts)[1], _check_values(parts, path))
     with atomic_write(path) as file: file.write(data)
 
-# %% ../nbs/13_checkpoints.ipynb #130068
-def save_weights(model, # nn.Module
-                 path): # file to write, `.safetensors`; an old one stays until the new one is complete
-    "Write weights, buffers, extra state as safetensors; raises `CheckpointError` for what that can't hold."
-    _save_parts({'model': model}, path)
-
-def load_weights(model, # nn.Module with the same names and shapes
-                 path): # file from `save_weights`, other safetensors, or a state_dict from `torch.save`
-    "Take over weights, buffers, extra state; raises `CheckpointError` for a damaged file or another model's."
-    _load_parts({'model': model}, {'model': _read_parts(path)['model']}, path)
-
-def _load_parts(parts, found, path):
-    fitting = _fitting(parts, found, path)
-    with _kept(parts, path): _load_into(parts, fitting)
-
+# %% ../nbs/13_checkpoints.ipynb #130122
 def _read_parts(path):
     "What a file of weights holds, name of the part -> state."
     from safetensors import SafetensorError
@@ -815,6 +803,21 @@ def _read_state_dict(data, path):
     found = f'a dict with {[*state][:9]}' if isinstance(state, dict) else f'a {type(state).__name__}'
     raise CheckpointError(f'{path}: expected tensors by name, found {found}: '
                           'take the weights out, for model.load_state_dict')
+
+# %% ../nbs/13_checkpoints.ipynb #130068
+def save_weights(model, # nn.Module
+                 path): # file to write, `.safetensors`; an old one stays until the new one is complete
+    "Write weights, buffers, extra state as safetensors; raises `CheckpointError` for what that can't hold."
+    _save_parts({'model': model}, path)
+
+def load_weights(model, # nn.Module with the same names and shapes
+                 path): # file from `save_weights`, other safetensors, or a state_dict from `torch.save`
+    "Take over weights, buffers, extra state; raises `CheckpointError` for a damaged file or another model's."
+    _load_parts({'model': model}, {'model': _read_parts(path)['model']}, path)
+
+def _load_parts(parts, found, path):
+    fitting = _fitting(parts, found, path)
+    with _kept(parts, path): _load_into(parts, fitting)
 
 # %% ../nbs/13_checkpoints.ipynb #130099
 @patch

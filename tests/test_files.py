@@ -232,6 +232,7 @@ class Extra(nn.Linear):
 PLAIN = [3, -0.5, float('inf'), 'vier', None, True, [1, [2.5]], (1, (2,)), {'a': {1: 'b', (1, 2): None}}, OrderedDict(a=1), b'\0\xff',
          {'t': torch.arange(3), 'u': [torch.ones(2, 2, dtype=torch.bfloat16)]}, torch.zeros(0), {}, [], 'ü\n"', 2**70]
 
+@pytest.mark.filterwarnings('ignore:the checkpoint has the state')
 @pytest.mark.parametrize('value', PLAIN, ids=repr)
 def test_plain_extra_state_comes_back(value, tmp_path):
     "With weights, with a checkpoint, with a fit that is resumed, and from the best epoch."
