@@ -631,3 +631,18 @@ def test_a_folder_that_can_not_be_made_is_told_before_the_training(tmp_path):
     for folder in (tmp_path/'file', tmp_path/'file'/'run'):
         with pytest.raises(OSError, match='nothing was written.*file'): learn.fit(1, cbs=Checkpoint(folder))
     assert same(clone(learn.model.state_dict()), before)
+
+
+def test_a_checkpoint_of_a_machine_with_more_devices(tmp_path):
+    "Random states of devices that are not here are left out."
+    from exp.nb_13 import _write
+    learn = new_learner()
+    learn.fit(1)
+    learn.save(tmp_path/'a.pt')
+    state = read_checkpoint(tmp_path/'a.pt')
+    state['random']['cuda'] = state['random'].get('cuda', []) + [torch.get_rng_state()[:16]]*3
+    _write(state, tmp_path/'far.pt')
+    near, far = new_learner(1).load(tmp_path/'a.pt'), new_learner(2)
+    near.fit(1)
+    far.load(tmp_path/'far.pt').fit(1)
+    assert torch.equal(far.recorder.losses, near.recorder.losses)
