@@ -840,7 +840,7 @@ def _is_weights(path): return Path(path).suffix.lower() == '.safetensors'
 # %% ../nbs/13_checkpoints.ipynb #130073
 class SaveBest(Monitor):
     "Saves the weights of the best epoch, and puts them into the model after the fit, also after `CancelFit`."
-    order = 20
+    order, looking = 20, False
     def __init__(self,
                  path, # file to write, `.safetensors`; a loss function's weights are there after `loss_func.`
                  monitor:str='valid_loss', # as in `Monitor`
@@ -854,6 +854,7 @@ class SaveBest(Monitor):
         if self.path.is_dir():
             raise IsADirectoryError(errno.EISDIR, 'expected a file to write, found a folder', str(self.path))
         _check_values(_parts(learn), self.path, later=True)
+        self.looking = True
 
     def after_epoch(self, learn):
         if self.improved(learn): _save_parts(_parts(learn), self.path)
@@ -862,7 +863,8 @@ class SaveBest(Monitor):
         if self.best > -math.inf: _load_parts(_parts(learn), _read_parts(self.path), self.path)
 
     def cleanup_fit(self, learn):
-        if not learn.failed: self.after_fit(learn)  # CancelFit skips it, and an average may be there
+        looking, self.looking = self.looking, False
+        if looking and not learn.failed: self.after_fit(learn)  # CancelFit skips it, and an average may be there
 
     def load_state_dict(self, state):
         super().load_state_dict(state)

@@ -135,6 +135,18 @@ def test_the_best_weights_are_there_after_a_cancelled_fit(event, more, tmp_path)
     other.fit(9, cbs=[*map(EMA, more), Results(valid_loss=[3., 1., 2., 2., 2.]), SaveBest(tmp_path/'b'), End(1)])
     assert same(other.model.state_dict(), kept.state_dict())  # the second epoch's, averaged or not
 
+def test_a_fit_that_is_cancelled_before_it_begins_brings_no_old_weights_back(tmp_path):
+    class Never(Callback):
+        order = -100
+        def before_fit(self, learn): raise CancelFit
+    learn, best = new_learner(), SaveBest(tmp_path/'a')
+    learn.fit(1, cbs=[Never(), best])
+    learn.fit(2, cbs=best)
+    learn.fit(1)
+    before = clone(learn.model.state_dict())
+    learn.fit(1, cbs=[Never(), best])
+    assert same(clone(learn.model.state_dict()), before)
+
 def test_after_an_error_the_weights_are_the_last_ones(tmp_path):
     learn = new_learner()
     last = []
