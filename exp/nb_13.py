@@ -755,7 +755,7 @@ def _check_values(parts, path, later=False): # later: lazy parameters may get th
                                   f'dicts and tensors, found {e} in {name}') from None
     for part in [*parts][1:]:
         clash = next((k for k in _state(parts['model']) if k.startswith(f'{part}.')), None)
-        if clash: raise CheckpointError(f'{path}: expected no {part} within the model beside the Learner\'s, found {clash}')
+        if clash: raise CheckpointError(f"{path}: expected no {part} in the model, beside the Learner's, found {clash}")
     if extra: header['exp_extra_state'] = json.dumps(extra)
     if len(parts) > 1: header['exp_parts'] = json.dumps([*parts][1:])
     return header
