@@ -393,7 +393,7 @@ class EMA(Callback):
             if nested and self.averaged != before: self.swap()
 
     def cleanup_epoch(self, learn):
-        last = learn.epoch + 1 >= learn.n_epochs and not learn.failed
+        last = learn.epoch + 1 >= learn.n_epochs
         if self.averaged != last: self.swap()
 
     def cleanup_fit(self, learn):
