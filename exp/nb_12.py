@@ -92,14 +92,18 @@ class _Options(torch.optim.Optimizer):
             for k in {'foreach', 'fused'} - self.names: group.pop(k, None)  # say how, not what
             for k in self.own(old) & old.keys(): group.setdefault(k, old[k])
             self.check(group)
-            for p in group['params']:
-                record = state['state'].get(p, {})
-                for k, v in record.items():
-                    if k != 'step' and self.twin and getattr(v, 'shape', p.shape) != p.shape:
-                        raise ValueError(f'expected {k} of shape {tuple(p.shape)}, got {tuple(v.shape)}')
-                    if isinstance(v, Tensor) and v.is_sparse: record[k] = v.to_dense()
+            for p in group['params'] if self.twin else []: _fit_record(p, state['state'].get(p, {}))
         super().__setstate__(state)
         if 'differentiable' not in self.names: self.defaults.pop('differentiable', None)  # PyTorch adds it
+
+def _fit_record(p, record):
+    "What is remembered of `p`, dense and in its order of memory."
+    for k, v in record.items():
+        if k == 'step' or not isinstance(v, Tensor): continue
+        if v.shape != p.shape:
+            raise ValueError(f'expected {k} of shape {tuple(p.shape)}, got {tuple(v.shape)}')
+        if v.is_sparse: v = v.to_dense()
+        record[k] = v if v.stride() == p.stride() else torch.empty_like(p).copy_(v)
 
 def _check_value(name, value):
     limit, numbers = _BELOW.get(name, math.inf), value if isinstance(value, (tuple, list)) else [value]
@@ -160,8 +164,7 @@ class BaseOptimizer(_Options):
             record = self.state[p]
             v = record.get(name)
             if v is None: v = record[name] = torch.zeros_like(p)
-            elif v.dtype is not dtype or v.device != device or v.stride() != p.stride():
-                v = record[name] = torch.empty_like(p).copy_(v)  # the parameter was moved or converted
+            elif v.dtype is not dtype or v.device != device: v = record[name] = torch.empty_like(p).copy_(v)
             found.append(v)
         return found
 
@@ -393,7 +396,7 @@ class EMA(Callback):
             if nested and self.averaged != before: self.swap()
 
     def cleanup_epoch(self, learn):
-        last = learn.epoch + 1 >= learn.n_epochs and not learn.failed
+        last = learn.epoch + 1 >= learn.n_epochs
         if self.averaged != last: self.swap()
 
     def cleanup_fit(self, learn):

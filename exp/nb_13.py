@@ -208,6 +208,7 @@ def _save_state(state, path):
     _check_readable(state, path)
     _write(state, path)
 
+# %% ../nbs/13_checkpoints.ipynb #130118
 def _check_readable(state, path):
     "Raise `CheckpointError` for what a file without programs can't hold: better now than when it is read."
     odd = _odd(state)
@@ -334,6 +335,7 @@ def _all_or_nothing(learn, path):
                 group.update(old)
             raise
 
+# %% ../nbs/13_checkpoints.ipynb #130121
 def _check_complete(state, path):
     missing = [k for k in ('versions', 'model', 'opt', 'random', 'results', 'cbs') if k not in state]
     if missing: raise CheckpointError(f'{path}: expected a whole checkpoint, found one without {missing}')
@@ -520,10 +522,11 @@ class _FolderLock:
     def take(self):
         "Raises `CheckpointError` if it is taken; returns an `OSError` if nothing can be written there."
         if _is_helper(): return None
-        try: self.open()
-        except OSError as e:
-            return OSError(e.errno, f'{e.strerror or e}; nothing was written', str(self.folder))
-        _locks.add(self)
+        for _ in range(10):  # another process may remove the folder as it gives it back
+            try: self.open()
+            except OSError as e: problem = e
+            else: return _locks.add(self)
+        return OSError(problem.errno, f'{problem.strerror}; nothing was written', str(self.folder))
 
     def open(self):
         made = [f for f in (self.folder, *self.folder.parents) if not f.exists()]
@@ -752,7 +755,7 @@ def _check_values(parts, path, later=False): # later: lazy parameters may get th
                                   f'dicts and tensors, found {e} in {name}') from None
     for part in [*parts][1:]:
         clash = next((k for k in _state(parts['model']) if k.startswith(f'{part}.')), None)
-        if clash: raise CheckpointError(f'{path}: expected no {part} within the model beside the Learner\'s, found {clash}')
+        if clash: raise CheckpointError(f"{path}: expected no {part} in the model, beside the Learner's, found {clash}")
     if extra: header['exp_extra_state'] = json.dumps(extra)
     if len(parts) > 1: header['exp_parts'] = json.dumps([*parts][1:])
     return header
@@ -769,21 +772,7 @@ def _save_parts(parts, path):
     data = _pack(_values(parts)[1], _check_values(parts, path))
     with atomic_write(path) as file: file.write(data)
 
-# %% ../nbs/13_checkpoints.ipynb #130068
-def save_weights(model, # nn.Module
-                 path): # file to write, `.safetensors`; an old one stays until the new one is complete
-    "Write weights, buffers, extra state as safetensors; raises `CheckpointError` for what that can't hold."
-    _save_parts({'model': model}, path)
-
-def load_weights(model, # nn.Module with the same names and shapes
-                 path): # file from `save_weights`, other safetensors, or a state_dict from `torch.save`
-    "Take over weights, buffers, extra state; raises `CheckpointError` for a damaged file or another model's."
-    _load_parts({'model': model}, {'model': _read_parts(path)['model']}, path)
-
-def _load_parts(parts, found, path):
-    fitting = _fitting(parts, found, path)
-    with _kept(parts, path): _load_into(parts, fitting)
-
+# %% ../nbs/13_checkpoints.ipynb #130122
 def _read_parts(path):
     "What a file of weights holds, name of the part -> state."
     from safetensors import SafetensorError
@@ -815,6 +804,21 @@ def _read_state_dict(data, path):
     raise CheckpointError(f'{path}: expected tensors by name, found {found}: '
                           'take the weights out, for model.load_state_dict')
 
+# %% ../nbs/13_checkpoints.ipynb #130068
+def save_weights(model, # nn.Module
+                 path): # file to write, `.safetensors`; an old one stays until the new one is complete
+    "Write weights, buffers, extra state as safetensors; raises `CheckpointError` for what that can't hold."
+    _save_parts({'model': model}, path)
+
+def load_weights(model, # nn.Module with the same names and shapes
+                 path): # file from `save_weights`, other safetensors, or a state_dict from `torch.save`
+    "Take over weights, buffers, extra state; raises `CheckpointError` for a damaged file or another model's."
+    _load_parts({'model': model}, {'model': _read_parts(path)['model']}, path)
+
+def _load_parts(parts, found, path):
+    fitting = _fitting(parts, found, path)
+    with _kept(parts, path): _load_into(parts, fitting)
+
 # %% ../nbs/13_checkpoints.ipynb #130099
 @patch
 def save(self:Learner,
@@ -836,7 +840,7 @@ def _is_weights(path): return Path(path).suffix.lower() == '.safetensors'
 # %% ../nbs/13_checkpoints.ipynb #130073
 class SaveBest(Monitor):
     "Saves the weights of the best epoch, and puts them into the model after the fit, also after `CancelFit`."
-    order = 20
+    order, looking = 20, False
     def __init__(self,
                  path, # file to write, `.safetensors`; a loss function's weights are there after `loss_func.`
                  monitor:str='valid_loss', # as in `Monitor`
@@ -850,6 +854,7 @@ class SaveBest(Monitor):
         if self.path.is_dir():
             raise IsADirectoryError(errno.EISDIR, 'expected a file to write, found a folder', str(self.path))
         _check_values(_parts(learn), self.path, later=True)
+        self.looking = True
 
     def after_epoch(self, learn):
         if self.improved(learn): _save_parts(_parts(learn), self.path)
@@ -858,7 +863,8 @@ class SaveBest(Monitor):
         if self.best > -math.inf: _load_parts(_parts(learn), _read_parts(self.path), self.path)
 
     def cleanup_fit(self, learn):
-        if not learn.failed: self.after_fit(learn)  # CancelFit skips it, and an average may be there
+        looking, self.looking = self.looking, False
+        if looking and not learn.failed: self.after_fit(learn)  # CancelFit skips it, and an average may be there
 
     def load_state_dict(self, state):
         super().load_state_dict(state)

@@ -135,6 +135,18 @@ def test_the_best_weights_are_there_after_a_cancelled_fit(event, more, tmp_path)
     other.fit(9, cbs=[*map(EMA, more), Results(valid_loss=[3., 1., 2., 2., 2.]), SaveBest(tmp_path/'b'), End(1)])
     assert same(other.model.state_dict(), kept.state_dict())  # the second epoch's, averaged or not
 
+def test_a_fit_that_is_cancelled_before_it_begins_brings_no_old_weights_back(tmp_path):
+    class Never(Callback):
+        order = -100
+        def before_fit(self, learn): raise CancelFit
+    learn, best = new_learner(), SaveBest(tmp_path/'a')
+    learn.fit(1, cbs=[Never(), best])
+    learn.fit(2, cbs=best)
+    learn.fit(1)
+    before = clone(learn.model.state_dict())
+    learn.fit(1, cbs=[Never(), best])
+    assert same(clone(learn.model.state_dict()), before)
+
 def test_after_an_error_the_weights_are_the_last_ones(tmp_path):
     learn = new_learner()
     last = []
@@ -232,6 +244,7 @@ class Extra(nn.Linear):
 PLAIN = [3, -0.5, float('inf'), 'vier', None, True, [1, [2.5]], (1, (2,)), {'a': {1: 'b', (1, 2): None}}, OrderedDict(a=1), b'\0\xff',
          {'t': torch.arange(3), 'u': [torch.ones(2, 2, dtype=torch.bfloat16)]}, torch.zeros(0), {}, [], 'ü\n"', 2**70]
 
+@pytest.mark.filterwarnings('ignore:the checkpoint has the state')
 @pytest.mark.parametrize('value', PLAIN, ids=repr)
 def test_plain_extra_state_comes_back(value, tmp_path):
     "With weights, with a checkpoint, with a fit that is resumed, and from the best epoch."
@@ -630,3 +643,18 @@ def test_a_folder_that_can_not_be_made_is_told_before_the_training(tmp_path):
     for folder in (tmp_path/'file', tmp_path/'file'/'run'):
         with pytest.raises(OSError, match='nothing was written.*file'): learn.fit(1, cbs=Checkpoint(folder))
     assert same(clone(learn.model.state_dict()), before)
+
+
+def test_a_checkpoint_of_a_machine_with_more_devices(tmp_path):
+    "Random states of devices that are not here are left out."
+    from exp.nb_13 import _write
+    learn = new_learner()
+    learn.fit(1)
+    learn.save(tmp_path/'a.pt')
+    state = read_checkpoint(tmp_path/'a.pt')
+    state['random']['cuda'] = state['random'].get('cuda', []) + [torch.get_rng_state()[:16]]*3
+    _write(state, tmp_path/'far.pt')
+    near, far = new_learner(1).load(tmp_path/'a.pt'), new_learner(2)
+    near.fit(1)
+    far.load(tmp_path/'far.pt').fit(1)
+    assert torch.equal(far.recorder.losses, near.recorder.losses)

@@ -1,6 +1,6 @@
 """Every configuration in which PyTorch tests its own SGD, RMSprop, Adam, AdamW and Muon, here with ours: weights and state
 after five steps are the same, or, where ours lack an option, it is refused by name wherever it can be given."""
-import inspect, io, subprocess, sys
+import inspect, subprocess, sys
 import pytest
 import torch
 from torch import nn

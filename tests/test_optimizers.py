@@ -412,20 +412,44 @@ def test_a_graph_older_than_the_step_is_noticed(ours):
 
 
 @pairs
-def test_memory_in_an_unusual_order(ours, theirs):
+@pytest.mark.parametrize('gaps', [False, True])
+def test_memory_in_an_unusual_order(ours, theirs, gaps):
     "Gradients in another order than the weights, transposed weights, and weights with gaps between them."
     def go(make_opt):
         set_seed(0)
         params = [nn.Parameter(torch.randn(2, 3, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)),
-                  nn.Parameter(torch.randn(5, 4, dtype=torch.float64).t()), nn.Parameter(torch.randn(4, 9, dtype=torch.float64)[:, 2:5])]
+                  nn.Parameter(torch.randn(5, 4, dtype=torch.float64).t())]
+        if gaps: params.append(nn.Parameter(torch.randn(4, 9, dtype=torch.float64)[:, 2:5]))
         opt = make_opt(params)
         for _ in range(4):
             for p in params: p.grad = torch.randn(p.shape, dtype=torch.float64)
             opt.step()
-        return params, torch.as_strided(params[2].detach(), (36,), (1,), 0)
-    (mine, around), (their, expected) = go(ours), go(theirs)
+        return params
+    mine, their = go(ours), go(theirs)
     for p, q in zip(mine, their): near(p, q, rtol=1e-9, atol=1e-12)
-    near(around, expected, rtol=1e-9, atol=1e-12)  # and the numbers in the gaps are as they were
+    if not gaps: return
+    around = [torch.as_strided(params[2].detach(), (36,), (1,), 0) for params in (mine, their)]
+    near(*around, rtol=1e-9, atol=1e-12)  # the numbers in the gaps are as they were
+
+
+@pytest.mark.parametrize('ours, theirs', [PAIRS[k] for k in ('momentum', 'RMSProp', 'Adam', 'AdamW')])
+def test_what_is_remembered_follows_the_order_of_memory(ours, theirs):
+    "A checkpoint in the usual order, loaded for a model with channels last."
+    def go(make_opt):
+        set_seed(0)
+        conv = nn.Conv2d(3, 4, 3).double()
+        opt = make_opt(conv.parameters())
+        for p in conv.parameters(): p.grad = torch.randn_like(p)
+        opt.step()
+        saved, conv = copy.deepcopy(opt.state_dict()), conv.to(memory_format=torch.channels_last)
+        opt = make_opt(conv.parameters())
+        opt.load_state_dict(saved)
+        for p in conv.parameters(): p.grad = torch.randn_like(p)
+        opt.step()
+        return conv, opt
+    (mine, opt), (their, _) = go(ours), go(theirs)
+    same(mine, their)
+    assert all(v.stride() == mine.weight.stride() for v in opt.state[mine.weight].values() if v.ndim)
 
 
 @pairs
@@ -854,6 +878,7 @@ class Picture(nn.Module):
     def __init__(self, tied=False):
         super().__init__()
         self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, 8)), nn.Parameter(torch.zeros(17, 8))
+        self.queries = nn.Parameter(torch.zeros(5, 8))
         self.patches, self.norm = nn.Conv2d(3, 8, 4), nn.LayerNorm([4, 8])
         self.block = nn.TransformerEncoderLayer(8, 2, 16)
         self.scale, self.custom = Scale(8), Custom(8, 8)
@@ -867,6 +892,8 @@ def test_matrices_and_kernels_are_for_muon():
     assert kinds(nn.Sequential(nn.LSTM(4, 5), nn.GRUCell(5, 5), nn.Bilinear(5, 5, 5), nn.Linear(5, 2))) == [
         '0.weight_ih_l0', '0.weight_hh_l0', '1.weight_ih', '1.weight_hh', '2.weight']
     assert kinds(nn.Linear(4, 4)) == [] and kinds(nn.ReLU()) == []
+    with_biases = nn.MultiheadAttention(8, 2, add_bias_kv=True)  # of three dimensions
+    assert kinds(nn.Sequential(with_biases, nn.Linear(8, 2))) == ['0.in_proj_weight', '0.out_proj.weight']
 
 def test_embeddings_and_what_is_tied_to_them_are_not():
     class Language(nn.Module):
@@ -876,6 +903,9 @@ def test_embeddings_and_what_is_tied_to_them_are_not():
             self.mix, self.decoder = nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
             if tied: self.decoder.weight = self.words.weight
     assert kinds(Language(False)) == kinds(Language(True)) == ['mix.weight']
+    middle = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    middle[1].weight = middle[0].weight  # tied, and no head
+    assert kinds(middle) == ['2.weight']
     first = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     first[2].weight = first[0].weight  # the head is tied to the first layer
     assert kinds(first) == ['1.weight']

@@ -1,9 +1,7 @@
 "The Learner in other people's hands: their batches, models, losses, metrics, callbacks, optimizers, screens and habits."
-import copy, dataclasses, io, math, pickle, re, subprocess, sys, types, warnings
-from collections import OrderedDict, UserDict, defaultdict, namedtuple
-from contextlib import contextmanager
+import copy, pickle, warnings
+from collections import UserDict, namedtuple
 from functools import partial
-from pathlib import Path
 import numpy as np
 import pytest
 import torch
@@ -13,10 +11,9 @@ from exp.nb_00 import set_seed, test_near as near
 from exp.nb_02 import Model
 from exp.nb_03 import accuracy, cross_entropy
 from exp.nb_04 import DataLoader, Dataset
-from exp.nb_10 import (EVENTS, Accuracy, Callback, CancelBatch, CancelEpoch, CancelFit, Compile, Device, GradientAccumulation,
-                       GradientClip, Learner, Metric, Metrics, MixedPrecision, OverfitOneBatch, Progress, Recorder, StopOnNaN,
-                       get_momentum, load_opt_state, n_rows, to_device)
-from exp.nb_11 import Scheduler, sched_const, sched_lin
+from exp.nb_10 import (EVENTS, Accuracy, Callback, CancelBatch, CancelEpoch, CancelFit, Compile, GradientAccumulation, GradientClip,
+                       Learner, Metrics, MixedPrecision, Progress, load_opt_state, n_rows)
+from exp.nb_11 import Scheduler, sched_lin
 from exp.nb_12 import EMA, AdamW
 
 N, BS = 96, 32
@@ -85,7 +82,7 @@ class Net(nn.Module):
 def test_a_replaced_head_is_trained_and_the_rest_goes_on(opt_func):
     learn = new_learner(model=Net, opt_func=opt_func)
     learn.fit(1)
-    state, body, old = dict(learn.opt.state[learn.model.body.weight]), learn.model.body, learn.model.head.weight.clone()
+    state, body = dict(learn.opt.state[learn.model.body.weight]), learn.model.body
     learn.model.head = nn.Linear(8, 3)
     first = learn.model.head.weight.detach().clone()
     learn.fit(1)

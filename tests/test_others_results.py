@@ -13,9 +13,8 @@ from exp.nb_00 import set_seed, test_near as near
 from exp.nb_02 import Model
 from exp.nb_03 import accuracy
 from exp.nb_04 import DataLoader, Dataset
-from exp.nb_10 import (EVENTS, Accuracy, Callback, CancelFit, Compile, Device, GradientAccumulation, GradientClip, Learner, Metric,
-                       Metrics, MixedPrecision, OverfitOneBatch, Progress, Recorder, StopOnNaN, confusion_matrix, get_momentum,
-                       to_device)
+from exp.nb_10 import (Callback, CancelFit, Device, GradientAccumulation, GradientClip, Learner, Metric, Metrics, MixedPrecision,
+                       OverfitOneBatch, Progress, StopOnNaN, get_momentum, to_device)
 from exp.nb_11 import Scheduler, sched_const, sched_lin
 
 N, BS = 96, 32
@@ -668,7 +667,7 @@ def test_memory_comes_back_after_an_interrupt(error, monkeypatch):
     class Stopped(nn.Linear):
         def forward(self, x):
             hidden = x*2
-            raise error
+            if hidden.ndim: raise error
     monkeypatch.setattr(sys, 'ps1', '>>> ', raising=False)
     assert failed(new_learner(model=lambda: Stopped(4, 3)))['forward'] == {}
 

@@ -297,6 +297,8 @@ def test_screens_of_all_kinds(good, tmp_path):
         done = shell(tmp_path, command, **env)
         assert done.returncode == 0 and done.stderr == b'', (command, done)
         if env: assert b'20310101-000000-????????' in done.stdout
+    done = shell(tmp_path, 'exp_train --epochs 1 --model linear --out o --name ё | head -1', **ascii)
+    assert done.returncode == 0 and done.stderr == b'' and len(list_runs('o')) == 1 and list_runs('o')[0]['test'] > 0.8
     (Path('runs')/'20320101-000000-ё').mkdir()
     done = shell(tmp_path, 'exp_runs 2>&-')
     assert done.returncode == 0 and b'expected a run' not in done.stdout
