@@ -9,10 +9,11 @@ __all__ = ['SuggestedLRs', 'sched_const', 'sched_lin', 'sched_cos', 'sched_exp',
 # %% ../nbs/11_schedules.ipynb #110004
 import copy, math, random, statistics, warnings
 from collections import namedtuple
-from itertools import accumulate
+from itertools import accumulate, islice
 import numpy as np
 import torch
 from fastcore.basics import patch
+from torch import nn
 from .nb_10 import Callback, CancelFit, Learner, as_list, get_momentum, load_opt_state, whole_number
 
 # %% ../nbs/11_schedules.ipynb #110017
@@ -98,6 +99,8 @@ class Scheduler(Callback):
     "Sets entries of the optimizer's parameter groups before each training batch, and puts them back after the fit."
     order, sweep = -1, False
     def __init__(self, **scheds): # name of the entry -> function of progress, or a list of them, one a group
+        for name, each in scheds.items():
+            if not all(map(callable, as_list(each))): raise ValueError(f'expected a function of progress for {name}, got {each}')
         self.scheds, self.before = scheds, []
 
     def before_fit(self, learn):
@@ -149,7 +152,7 @@ def fit_one_cycle(self:Learner,
     lrs = self.rates(self.lr if lr_max is None else lr_max)
     scheds = dict(lr=[sched_one_cycle(lr/div, lr, lr/div_final, pct_start) for lr in lrs])
     if moms and all('betas' in g or g.get('momentum') for g in self.opt.param_groups):
-        if len(moms) != 3 or not all(0 <= m < 1 for m in moms):
+        if not isinstance(moms, (tuple, list)) or len(moms) != 3 or not all(0 <= m < 1 for m in moms):
             raise ValueError(f'expected three momenta of at least 0 and below 1, got {moms}')
         scheds['momentum'] = sched_one_cycle(*moms, pct_start)
     self.fit(n_epochs, cbs=[Scheduler(**scheds), *as_list(cbs)], max_batches=max_batches)
@@ -277,8 +280,11 @@ def lr_find(self:Learner,
     if not 0 < start < end < math.inf: raise ValueError(f'expected 0 < start < end, got {start}, {end}')
     if not diverged > 1: raise ValueError(f'expected diverged above 1, got {diverged}')
     sweep = _Sweep(sched_exp(start, end), whole_number(steps, 'steps', 10), diverged)
-    kept, rng = (self.dls, self.cbs, self.opt), get_rng_state(self.dls)
-    states = [copy.deepcopy(m.state_dict()) for m in self.modules]
+    if self.opt is not None: self.ready_opt()  # takes in what is new before anything is kept
+    rng = get_rng_state(self.dls)
+    if any(map(nn.parameter.is_lazy, self.model.parameters())): self.get_preds(islice(self.dls[0], 1))  # shapes it
+    kept, states = (self.dls, self.cbs, self.opt), [copy.deepcopy(m.state_dict()) for m in self.modules]
+    buffers = [(b, b.clone()) for m in self.modules for b in m.buffers()]  # also those that no state_dict has
     opt = self.opt and copy.deepcopy(self.opt.state_dict())
     try:
         self.dls, self.cbs = (self.dls[0], None), [cb for cb in self.cbs if cb.sweep]
@@ -286,6 +292,7 @@ def lr_find(self:Learner,
     finally:
         self.dls, self.cbs, self.opt = kept
         for m, state in zip(self.modules, states): m.load_state_dict(state)
+        for buffer, value in buffers: buffer.copy_(value)
         if opt: load_opt_state(self.opt, opt)
         set_rng_state(rng, self.dls)
     if len(sweep.lrs) < 10:
