@@ -611,7 +611,10 @@ def weigher(func): # a loss function or a metric: (predictions, targets) -> mean
     """A function of predictions and targets that says over how much the mean of `func` goes, or None: over the rows. It is
     the attribute `weight_of` of `func`; cross-entropies and accuracy count what they don't ignore, by class weights."""
     if hasattr(func, 'weight_of'): return func.weight_of
+    func = getattr(func, '_orig_mod', func)  # of a compiled one
     plain = func.func if isinstance(func, partial) else func
+    if getattr(func, 'reduction', '') == 'sum' or isinstance(func, partial) and func.keywords.get('reduction') == 'sum':
+        raise ValueError('expected a loss or metric that is a mean, got one with reduction sum')
     if isinstance(func, (nn.CrossEntropyLoss, nn.NLLLoss)):
         known = type(func).forward in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
     else: known = any(plain is one for one in (F.cross_entropy, F.nll_loss, cross_entropy, nll, accuracy))
@@ -736,14 +739,15 @@ def _device_of(value):
 # %% ../nbs/10_learner.ipynb #100171
 def _is_plain(value):
     "Whether a checkpoint can hold it."
-    if isinstance(value, dict): value = [*value, *value.values()]
+    if type(value) is dict: value = [*value, *value.values()]
     if isinstance(value, (list, tuple)): return all(map(_is_plain, value))
-    return isinstance(value, (int, float, str, Tensor, type(None)))
+    return type(value) in (int, float, bool, str, type(None)) or isinstance(value, Tensor)
 
 @patch
 def state_dict(self:Metrics) -> dict: # for training (True) and validation (False), one dict a metric
     "Sums and counts so far."
-    return {training: [{k: v for k, v in vars(m).items() if _is_plain(v)} for m in metrics]
+    def plain(value): return value.item() if isinstance(value, np.generic) else value
+    return {training: [{k: plain(v) for k, v in vars(m).items() if _is_plain(plain(v))} for m in metrics]
             for training, metrics in self.sets.items()}
 
 @patch
