@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'STEPS', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'Callback', 'Learner', 'as_list', 'whole_number',
-           'Metric', 'Accuracy', 'Loss', 'n_rows', 'weigher', 'Metrics', 'Recorder', 'get_momentum', 'StopOnNaN',
-           'Progress', 'map_nest', 'to_device', 'Device', 'load_opt_state', 'GradientClip', 'GradientAccumulation',
-           'OverfitOneBatch', 'MixedPrecision', 'Compile', 'confusion_matrix']
+           'Metric', 'Accuracy', 'Loss', 'n_rows', 'weigher', 'is_sum', 'Metrics', 'Recorder', 'get_momentum',
+           'StopOnNaN', 'Progress', 'map_nest', 'to_device', 'Device', 'load_opt_state', 'GradientClip',
+           'GradientAccumulation', 'OverfitOneBatch', 'MixedPrecision', 'Compile', 'confusion_matrix']
 
 # %% ../nbs/10_learner.ipynb #100004
 import bdb, copy, csv, dataclasses, html, inspect, itertools, math, os, re, sys, time, traceback, warnings
@@ -535,7 +535,9 @@ class Metric:
         self.total = self.total + torch.where(sizes > 0, values*sizes, 0).sum(0)
         self.n = self.n + sizes.sum()
 
-    def update(self, pred, target): self.add(self.func(pred, target), self.weigh(pred, target))
+    def update(self, pred, target):
+        value, n = self.func(pred, target), self.weigh(pred, target)
+        self.add(value/n if is_sum(self.func) else value, n)
 
     def weigh(self, pred, target):
         "Over how much the function's mean goes: what `weigher` says, else the rows."
@@ -564,7 +566,9 @@ class Accuracy(Metric):
 class Loss(Metric):
     "The loss that the Learner computes, however it does that."
     def __init__(self, name='loss'): super().__init__(None, name)
-    def accumulate(self, learn): self.add(learn.loss, learn.loss_weight())
+    def accumulate(self, learn):
+        n = learn.loss_weight()
+        self.add(learn.loss/n if is_sum(learn.loss_func) and learn.by_loss_func else learn.loss, n)
 
 def _as_number(value, name):
     try: value = torch.as_tensor(value)
@@ -613,12 +617,16 @@ def weigher(func): # a loss function or a metric: (predictions, targets) -> mean
     if hasattr(func, 'weight_of'): return func.weight_of
     func = getattr(func, '_orig_mod', func)  # of a compiled one
     plain = func.func if isinstance(func, partial) else func
-    if getattr(func, 'reduction', '') == 'sum' or isinstance(func, partial) and func.keywords.get('reduction') == 'sum':
-        raise ValueError('expected a loss or metric that is a mean, got one with reduction sum')
+    if is_sum(func): return None
     if isinstance(func, (nn.CrossEntropyLoss, nn.NLLLoss)):
         known = type(func).forward in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
     else: known = any(plain is one for one in (F.cross_entropy, F.nll_loss, cross_entropy, nll, accuracy))
     return partial(_counted, func) if known else None
+
+def is_sum(func) -> bool: # of a loss function or a metric
+    "Whether it was told to add up rather than to take the mean."
+    func = getattr(func, '_orig_mod', func)
+    return (func.keywords.get('reduction') if isinstance(func, partial) else getattr(func, 'reduction', None)) == 'sum'
 
 def _counted(func, pred, target):
     "The sum of the weights of all targets that count; None if the targets are no classes."
@@ -1191,6 +1199,7 @@ class GradientAccumulation(Callback):
 
     def before_fit(self, learn):
         if learn.asks_closure: raise ValueError('expected an optimizer that steps without a closure, to accumulate gradients')
+        if is_sum(learn.loss_func): raise ValueError('expected a loss that is a mean, to accumulate gradients, got a sum')
         self.forget()
         self.backward, learn.backward = learn.backward, partial(self.weighted_backward, learn)
 

@@ -148,12 +148,12 @@ def fit_one_cycle(self:Learner,
     """`fit` with one cycle of learning rate and momentum (Smith and Topin, 2018); raises `ValueError` for rates, shares and
     divisors that make no cycle."""
     _check_cycle(pct_start, div=div, div_final=div_final)
+    if moms and not (isinstance(moms, (tuple, list)) and len(moms) == 3 and all(0 <= m < 1 for m in moms)):
+        raise ValueError(f'expected three momenta of at least 0 and below 1, got {moms}')
     self.ready_opt(reset_opt)
     lrs = self.rates(self.lr if lr_max is None else lr_max)
     scheds = dict(lr=[sched_one_cycle(lr/div, lr, lr/div_final, pct_start) for lr in lrs])
     if moms and all('betas' in g or g.get('momentum') for g in self.opt.param_groups):
-        if not isinstance(moms, (tuple, list)) or len(moms) != 3 or not all(0 <= m < 1 for m in moms):
-            raise ValueError(f'expected three momenta of at least 0 and below 1, got {moms}')
         scheds['momentum'] = sched_one_cycle(*moms, pct_start)
     self.fit(n_epochs, cbs=[Scheduler(**scheds), *as_list(cbs)], max_batches=max_batches)
 
