@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'STEPS', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'Callback', 'Learner', 'as_list', 'whole_number',
-           'Metric', 'Accuracy', 'Loss', 'n_rows', 'weigher', 'Metrics', 'Recorder', 'get_momentum', 'StopOnNaN',
-           'Progress', 'map_nest', 'to_device', 'Device', 'load_opt_state', 'GradientClip', 'GradientAccumulation',
-           'OverfitOneBatch', 'MixedPrecision', 'Compile', 'confusion_matrix']
+           'Metric', 'Accuracy', 'Loss', 'n_rows', 'weigher', 'is_sum', 'Metrics', 'Recorder', 'get_momentum',
+           'StopOnNaN', 'Progress', 'map_nest', 'to_device', 'Device', 'load_opt_state', 'GradientClip',
+           'GradientAccumulation', 'OverfitOneBatch', 'MixedPrecision', 'Compile', 'confusion_matrix']
 
 # %% ../nbs/10_learner.ipynb #100004
 import bdb, copy, csv, dataclasses, html, inspect, itertools, math, os, re, sys, time, traceback, warnings
@@ -25,6 +25,7 @@ from torch.func import functional_call, grad_and_value
 from tqdm import tqdm
 from .nb_00 import default_device, is_terminal, say, show_images
 from .nb_03 import accuracy, cross_entropy, nll
+from .nb_04 import DataLoader, Dataset
 
 # %% ../nbs/10_learner.ipynb #100030
 EVENTS = ('before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_loss', 'after_backward', 'after_step',
@@ -47,7 +48,9 @@ def _event_here(name):
     if name in ('training_step', 'validation_step', 'test_step', 'predict_step', 'configure_optimizers'):
         return 'to override a method of Learner'
     known = name in ('setup', 'teardown') or re.match('(on|begin|before|after|cleanup)_', name)
-    if not known and not re.search('(fit|train|epoch|batch|step|eval|predict)_(begin|start|end)$', name): return None
+    word = 'fit|train|epoch|batch|iter|step|eval|predict|valid|validation|test|loss|backward|run|loader|stage'
+    known = known or re.search(f'^(optimizer|trigger)_|({word})_(begin|start|end|computed|completed|started)$', name)
+    if not known: return None
     when = 'after' if re.search('end$|^after|teardown|computed', name) else 'before'
     return next(here for words, here in _WORDS if re.search(words, name)).format(when)
 
@@ -97,14 +100,16 @@ class Learner:
                  loss_func=F.cross_entropy, # (predictions, targets) -> mean loss of a batch, 0-d Tensor
                  opt_func=torch.optim.SGD, # (parameters, lr=lr) -> optimizer as in torch.optim
                  lr:float=0.1, # learning rate, at least 0
-                 metrics=(), # functions (predictions, targets) -> mean, `Metric`s or torchmetrics objects
+                 metrics=(), # functions (predictions, targets) -> mean, `Metric`s, torchmetrics objects; a dict names them
                  cbs=(), # `Callback`s; one of a default's class takes its place
                  progress:bool=True): # show a table, and a bar where there is a screen
         _check_parts(model, dls, loss_func, opt_func, lr)
         self.model, self.dls, self.loss_func, self.opt_func, self.lr = model, tuple(dls), loss_func, opt_func, lr
-        self.metrics, self.progress, self.opt, cbs = as_list(metrics), progress, None, as_list(cbs)
+        self.metrics = metrics if type(metrics) is dict else as_list(metrics)
+        self.progress, self.opt, cbs = progress, None, as_list(cbs)
         self.cbs = [cb() for cb in self.default_cbs if not any(isinstance(c, cb) for c in cbs)] + cbs
         self.batch = self.pred = self.loss = None
+        self.by_loss_func = False  # whether the loss of the batch is what the loss function gave
         self.running = ()  # the callbacks of the fit that is running, in their order
         self.results = {}  # of the last epoch, name -> number
         self.depth = 0     # 1 in a fit, 2 in a fit or a pass within it
@@ -126,7 +131,7 @@ class Learner:
         if inputs: return self.predict_inputs(*inputs)
         self.pred = self.model(*self.xb)
 
-    def get_loss(self): self.loss = self.loss_func(self.pred, self.yb)
+    def get_loss(self): self.loss, self.by_loss_func = self.loss_func(self.pred, self.yb), True
     def backward(self): self.loss.backward()
     def step(self): self.opt.step(self.closure) if self.asks_closure else self.opt.step()
     def zero_grad(self): self.opt.zero_grad()
@@ -137,6 +142,7 @@ class Learner:
         self.predict()
         self.get_loss()
         self.backward()
+        for f in self._on.after_backward: f(self)
         return self.loss
 
 # %% ../nbs/10_learner.ipynb #100201
@@ -151,8 +157,10 @@ def _check_parts(model, dls, loss_func, opt_func, lr):
         raise ValueError(f'expected dls to be a pair (training, validation or None), got {type(dls).__name__}')
     for name, value in dict(loss_func=loss_func, opt_func=opt_func).items():
         if not callable(value) and value is not None: raise TypeError(f'expected a function as {name}, got {_short(value)}')
-    if isinstance(lr, (int, float)) and not 0 <= lr < math.inf:
-        raise ValueError(f'expected a learning rate of at least 0, got {lr}')
+    for dl in dls:
+        if isinstance(dl, (Dataset, torch.utils.data.Dataset)):
+            raise TypeError('expected loaders of batches in dls, got a dataset: get_dls makes loaders of datasets')
+    _check_lr(lr)
 
 def _also_for_inputs(step):
     "An overridden step `predict` that gives predictions for inputs, too, as the Learner's does."
@@ -206,6 +214,7 @@ def _one_batch(self:Learner):
     finally:
         if on.cleanup_batch: self._cleanup(on.cleanup_batch)
         self.batch = self.pred = self.loss = None
+        self.by_loss_func = False
 
 @patch
 def take_step(self:Learner):
@@ -239,6 +248,8 @@ def _epochs(self:Learner):
     epochs = itertools.count(self.epoch)  # a callback may change the number, and where to begin
     for self.epoch in itertools.takewhile(lambda epoch: epoch < self.n_epochs, epochs):
         self._phase('epoch', self._one_epoch, CancelEpoch)
+    late = self.adopt()
+    if late: warnings.warn(f'{", ".join(late[:3])} came during the last epoch, and was not trained yet')
 
 @patch
 def _one_epoch(self:Learner):
@@ -248,8 +259,7 @@ def _one_epoch(self:Learner):
 
 @patch
 def _one_pass(self:Learner, dl, training):
-    start = getattr(dl, 'start', 0)  # the number of its first batch, if some were done before
-    if not isinstance(start, int): start = 0
+    start = getattr(dl, 'first_batch', 0)  # its number, if some were done before
     self.training, self.n_iter, self.iter = training, _length(dl), start - 1
     if self.max_batches:
         self.n_iter = min(self.n_iter or self.max_batches, self.max_batches)
@@ -270,7 +280,9 @@ def create_opt(self:Learner):
     "Make the optimizer, for the parameters of all `modules`; override it to group them."
     maker = getattr(self.opt_func, 'func', self.opt_func)  # what a functools.partial calls
     params = maker.split_params(*self.modules) if hasattr(maker, 'split_params') else [*_params(self).values()]
-    self.opt = self.opt_func(params, lr=self.lr)
+    lr = self.lr.detach().clone() if isinstance(self.lr, Tensor) else self.lr  # which the optimizer may change
+    self.opt = self.opt_func(params, lr=lr)
+    _check_opt(self.opt)
     self._made = _Made(self, by_default=True)
 
 def _params(learn):
@@ -281,6 +293,8 @@ class _Made:
     "What an optimizer was made of."
     def __init__(self, learn, by_default=False):
         self.opt, self.opt_func, self.lr, self.by_default = learn.opt, learn.opt_func, learn.lr, by_default
+        if isinstance(self.lr, Tensor): self.lr = self.lr.detach().clone()
+        self.rates = [float(g['lr']) if g.get('lr') is not None else None for g in learn.opt.param_groups]
         self.given, owned = [*_params(learn).values()], _owned(learn.opt)
         self.left_out = [p for p in self.given if p.requires_grad and id(p) not in owned]
 
@@ -295,40 +309,64 @@ def ready_opt(self:Learner,
     if made and made.opt is not self.opt: made = None
     if self.opt is None or reset or made and made.opt_func is not self.opt_func:
         self.create_opt()
+        _check_opt(self.opt)
         if self._made is None or self._made.opt is not self.opt: self._made = _Made(self)
-    elif made and made.lr != self.lr:
-        for group in self.opt.param_groups:
-            if group['lr'] == made.lr: group['lr'] = self.lr
-        made.lr = self.lr
+    elif made and made.lr != self.lr: self._new_lr(made)
+    _check_opt(self.opt)
     closure = inspect.signature(self.opt.step).parameters.get('closure')
     self.asks_closure = closure is not None and closure.default is closure.empty
     self.adopt()
 
+@patch
+def _new_lr(self:Learner, made):
+    "Use a changed `lr`, in proportion, where the rates are as they were made; say so where they are not."
+    _check_lr(self.lr)
+    groups, old, new = self.opt.param_groups, float(made.lr), float(self.lr)
+    if [float(g['lr']) for g in groups] != made.rates:
+        return warnings.warn(f'lr is {new:g} now, but something else has changed the rates of the optimizer: it goes on with '
+                             f'{[float(g["lr"]) for g in groups]}; give fit an lr, or reset_opt=True')
+    made.rates = [new if rate == old else rate*new/old for rate in made.rates]
+    for group, rate in zip(groups, made.rates): group['lr'] = rate
+    made.lr = self.lr.detach().clone() if isinstance(self.lr, Tensor) else self.lr
+
+def _check_opt(opt):
+    "Raise unless an optimizer has groups of parameters with rates that make sense."
+    if not hasattr(opt, 'param_groups'): raise TypeError(f'expected an optimizer as in torch.optim, got {type(opt).__name__}')
+    for lr in [group.get('lr') for group in opt.param_groups]: _check_lr(lr)
+
+def _check_lr(lr):
+    if isinstance(lr, (int, float, Tensor)) and not 0 <= float(lr) < math.inf:
+        raise ValueError(f'expected a learning rate of at least 0, got {lr}')
+
 # %% ../nbs/10_learner.ipynb #100204
 @patch
 def adopt(self:Learner):
-    "Give the optimizer the parameters that came since it was made, in its last group; drop those that have gone."
+    """Give the optimizer the parameters that came since it was made, in the group that others have left, or its last one;
+    drop those that have gone. Returns the names of the new ones."""
     params, owned, made = _params(self), _owned(self.opt), self._made
     known = owned | ({id(p) for p in made.left_out} if made else set())
     new = {i: p for i, p in params.items() if p.requires_grad and i not in known}
-    if not new: return
-    if not made or made.opt is not self.opt or not made.by_default: return self._tell(new)
+    names = [name for m in self.modules for name, p in m.named_parameters() if id(p) in new]
+    if not new: return []
+    if not made or made.opt is not self.opt or not made.by_default: return self._tell(names)
     groups, gone = self.opt.param_groups, {id(p): p for p in made.given if id(p) not in params}
     if not owned & params.keys():
         self.create_opt()
         for group, old in zip(self.opt.param_groups, groups):
             group.update({k: v for k, v in old.items() if k not in ('params', 'param_names')})
-        return
+        return names
+    left = [group for group in groups if any(id(p) in gone for p in group['params'])]
     for group in groups: group['params'][:] = [p for p in group['params'] if id(p) not in gone]
     for p in gone.values(): self.opt.state.pop(p, None)
     place = {i: n for n, i in enumerate(params)}
-    groups[-1]['params'] += new.values()
-    groups[-1]['params'].sort(key=lambda p: place.get(id(p), -1))  # as in a new optimizer
+    group = left[0] if len(left) == 1 else groups[-1]
+    group['params'] += new.values()
+    group['params'].sort(key=lambda p: place.get(id(p), -1))  # as in a new optimizer
     made.given = [*params.values()]
+    return names
 
 @patch
-def _tell(self:Learner, new):
-    names = [name for m in self.modules for name, p in m.named_parameters() if id(p) in new]
+def _tell(self:Learner, names):
     if names == self._told: return
     self._told = names
     warnings.warn(f'the optimizer was made elsewhere, and does not train {", ".join(names[:3])}'
@@ -356,7 +394,7 @@ def _let_go(error):
 
 # %% ../nbs/10_learner.ipynb #100041
 _STATE = ('_on', 'running', 'training', 'iter', 'n_iter', 'epoch', 'n_epochs', 'max_batches', 'batch', 'pred', 'loss',
-          'depth', 'fitting', 'failed', '_plain')
+          'by_loss_func', 'depth', 'fitting', 'failed', '_plain')
 
 @patch
 @contextmanager
@@ -366,8 +404,10 @@ def _running(self:Learner, cbs, fitting=False):
         raise RecursionError('expected fits within each other to be 10 deep at most: does a callback validate in validation?')
     before = {k: getattr(self, k, None) for k in _STATE}
     outer = [(cb, vars(cb).copy()) for cb in self.running]
+    if self.depth: before |= {k: vars(self)[k] for k in ('results', 'recorder') if k in vars(self)}
     modes = [(m, m.training) for part in self.modules for m in part.modules()]
     steps = {k: vars(self)[k] for k in STEPS if k in vars(self)}  # replaced in this Learner alone
+    torch.clear_autocast_cache()  # within a batch, weights may be kept there in 16 bits
     if not self.depth: self._plain = steps
     elif fitting: self._set_steps(self._plain)
     self.running, self.depth, self.fitting, self.failed, self.max_batches = cbs, self.depth + 1, fitting, False, None
@@ -379,6 +419,7 @@ def _running(self:Learner, cbs, fitting=False):
         raise
     finally:
         vars(self).update(before)
+        torch.clear_autocast_cache()
         self._set_steps(steps)
         for cb, values in outer:
             vars(cb).clear()
@@ -411,11 +452,12 @@ def rates(self:Learner,
         try: fine = 0 < float(rate) < math.inf and not isinstance(rate, (str, bool))
         except (TypeError, ValueError, RuntimeError): fine = False
         if not fine: raise ValueError(f'expected learning rates above 0, got {rate!r}')
-    return rates
+    return [float(rate) for rate in rates]
 
 def _spread(lr, n):
     "The rates that a slice means for `n` groups."
     lo, hi = lr.start, lr.stop
+    if not all(v is None or isinstance(v, (int, float)) for v in (lo, hi)): raise ValueError(f'expected numbers in a slice, got {lr}')
     if hi is None or lr.step is not None or lo is not None and not (lo > 0 and hi > 0):
         raise ValueError(f'expected slice(hi) or slice(lo, hi) with rates above 0, got {lr}')
     if n == 1: return [hi]
@@ -493,11 +535,14 @@ class Metric:
         self.total = self.total + torch.where(sizes > 0, values*sizes, 0).sum(0)
         self.n = self.n + sizes.sum()
 
-    def update(self, pred, target): self.add(self.func(pred, target), self.weigh(pred, target))
+    def update(self, pred, target):
+        value, n = self.func(pred, target), self.weigh(pred, target)
+        self.add(value/n if is_sum(self.func) else value, n)
 
     def weigh(self, pred, target):
         "Over how much the function's mean goes: what `weigher` says, else the rows."
-        if self.weigher: return self.weigher(pred, target)
+        weight = self.weigher(pred, target) if self.weigher else None
+        if weight is not None: return weight
         return n_rows(target, [pred]) if self.rows is None else self.rows
 
     def accumulate(self, learn):
@@ -521,7 +566,9 @@ class Accuracy(Metric):
 class Loss(Metric):
     "The loss that the Learner computes, however it does that."
     def __init__(self, name='loss'): super().__init__(None, name)
-    def accumulate(self, learn): self.add(learn.loss, learn.loss_weight())
+    def accumulate(self, learn):
+        n = learn.loss_weight()
+        self.add(learn.loss/n if is_sum(learn.loss_func) and learn.by_loss_func else learn.loss, n)
 
 def _as_number(value, name):
     try: value = torch.as_tensor(value)
@@ -542,8 +589,10 @@ def n_rows(target, # of a batch: a Tensor, or a nest of dicts, tuples and lists
     """The number of rows of a batch. A list may be one item a row, or one tensor a target; if both would do and the inputs
     don't tell, raises `ValueError`."""
     if isinstance(target, Tensor) and target.ndim: return target.shape[0]
-    found, others = _row_counts(target), _row_counts(tuple(inputs))
-    if len(found) != 1: found = found & others or found or others
+    found = _row_counts(target)
+    for counts in map(_row_counts, inputs):
+        if len(found) == 1: break
+        if counts and not found or counts & found: found = counts & found or counts
     if len(found) == 1: return found.pop()
     known = ' or '.join(map(str, sorted(found))) or 'none'
     raise ValueError(f'expected a batch whose rows can be counted, found {known} in a target of type '
@@ -555,7 +604,7 @@ def _row_counts(value):
     if hasattr(value, 'shape'): return {value.shape[0]} if len(value.shape) else set()
     if isinstance(value, (Mapping, tuple)):
         parts = value.values() if isinstance(value, Mapping) else value
-        return next((counts for part in parts if (counts := _row_counts(part))), set())
+        return set().union(*map(_row_counts, parts))
     if not isinstance(value, list): return set()
     sizes = {v.shape[0] if len(v.shape) else None for v in value if hasattr(v, 'shape')}
     all_alike = len(sizes) == 1 and all(hasattr(v, 'shape') for v in value)
@@ -563,29 +612,39 @@ def _row_counts(value):
 
 # %% ../nbs/10_learner.ipynb #100207
 def weigher(func): # a loss function or a metric: (predictions, targets) -> mean
-    """A function of predictions and targets that says over how much the mean of `func` goes; None for rows. It is the
-    attribute `weight_of` of `func`; cross-entropies and accuracy count the targets they don't ignore, by class weights."""
+    """A function of predictions and targets that says over how much the mean of `func` goes, or None: over the rows. It is
+    the attribute `weight_of` of `func`; cross-entropies and accuracy count what they don't ignore, by class weights."""
     if hasattr(func, 'weight_of'): return func.weight_of
-    kind = func.func if isinstance(func, partial) else type(func) if isinstance(func, nn.Module) else func
-    if not any(kind is known for known in _COUNTING): return None
-    options = func.keywords if isinstance(func, partial) else vars(func) | getattr(func, '_buffers', {})
-    ignored = options.get('ignore_index', -100)
-    return partial(_counted, -100 if ignored is None else ignored, options.get('weight'))
+    func = getattr(func, '_orig_mod', func)  # of a compiled one
+    plain = func.func if isinstance(func, partial) else func
+    if is_sum(func): return None
+    if isinstance(func, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        known = type(func).forward in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
+    else: known = any(plain is one for one in (F.cross_entropy, F.nll_loss, cross_entropy, nll, accuracy))
+    return partial(_counted, func) if known else None
 
-def _counted(ignore_index, weight, pred, target):
-    "The sum of the weights of all targets that count."
-    if not isinstance(target, Tensor) or target.is_floating_point(): return n_rows(target, [pred])
-    counts = target.ne(ignore_index)
-    return counts.count_nonzero() if weight is None else (weight[target.where(counts, 0)]*counts).sum()
+def is_sum(func) -> bool: # of a loss function or a metric
+    "Whether it was told to add up rather than to take the mean."
+    func = getattr(func, '_orig_mod', func)
+    return (func.keywords.get('reduction') if isinstance(func, partial) else getattr(func, 'reduction', None)) == 'sum'
 
-_COUNTING = F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss, cross_entropy, nll, accuracy
+def _counted(func, pred, target):
+    "The sum of the weights of all targets that count; None if the targets are no classes."
+    if not isinstance(target, Tensor) or target.is_floating_point(): return None
+    options = func.keywords if isinstance(func, partial) else {k: getattr(func, k, None) for k in ('ignore_index', 'weight')}
+    ignored, weight = options.get('ignore_index'), options.get('weight')
+    counts = target.ne(-100 if ignored is None else ignored)
+    if weight is None: return counts.count_nonzero()
+    weight = torch.as_tensor(weight, dtype=torch.float32, device=target.device)
+    return (weight[target.long().where(counts, 0)]*counts).sum()
 
 @patch
 def loss_weight(self:Learner): # a number, or a 0-d Tensor
     "Over how much the loss of the batch is a mean: what `weigher` says of the loss function, else the rows."
     if self._weigher[0] is not self.loss_func: self._weigher = self.loss_func, weigher(self.loss_func)
     weigh = self._weigher[1]
-    return weigh(self.pred, self.yb) if weigh else self.n_rows()
+    weight = weigh(self.pred, self.yb) if weigh and self.by_loss_func else None
+    return self.n_rows() if weight is None else weight
 
 # %% ../nbs/10_learner.ipynb #100071
 class Metrics(Callback):
@@ -599,7 +658,7 @@ class Metrics(Callback):
 
     def begin(self, learn, apart):
         "Make metrics of what the Learner was given; `apart`: copies, since another fit is using the objects."
-        valid = [Loss()] + [m if hasattr(m, 'compute') else Metric(m) for m in as_list(learn.metrics)]
+        valid = [Loss()] + _metrics_of(learn.metrics)
         if apart: valid = copy.deepcopy(valid)
         self.sets = {True: copy.deepcopy(valid) if self.train else [Loss()], False: valid}
         self.probed = set()
@@ -649,6 +708,14 @@ class Metrics(Callback):
 Learner.default_cbs += (Metrics,)
 
 # %% ../nbs/10_learner.ipynb #100208
+def _metrics_of(metrics):
+    "Metric objects from functions and objects, or from a dict of them by name; raises `TypeError` for anything else."
+    named = metrics.items() if type(metrics) is dict else [(None, m) for m in as_list(metrics)]
+    for _, m in named:
+        if isinstance(m, type): raise TypeError(f'expected metrics, got the class {m.__name__}: call it?')
+        if not callable(m) and not hasattr(m, 'compute'): raise TypeError(f'expected functions as metrics, got {_short(m)}')
+    return [m if hasattr(m, 'compute') else Metric(m, name) for name, m in named]
+
 def _metric_name(metric): return str(getattr(metric, 'name', type(metric).__name__))
 
 def _columns(metric, value, training):
@@ -680,14 +747,15 @@ def _device_of(value):
 # %% ../nbs/10_learner.ipynb #100171
 def _is_plain(value):
     "Whether a checkpoint can hold it."
-    if isinstance(value, dict): value = [*value, *value.values()]
+    if type(value) is dict: value = [*value, *value.values()]
     if isinstance(value, (list, tuple)): return all(map(_is_plain, value))
-    return isinstance(value, (int, float, str, Tensor, type(None)))
+    return type(value) in (int, float, bool, str, type(None)) or isinstance(value, Tensor)
 
 @patch
 def state_dict(self:Metrics) -> dict: # for training (True) and validation (False), one dict a metric
     "Sums and counts so far."
-    return {training: [{k: v for k, v in vars(m).items() if _is_plain(v)} for m in metrics]
+    def plain(value): return value.item() if isinstance(value, np.generic) else value
+    return {training: [{k: plain(v) for k, v in vars(m).items() if _is_plain(plain(v))} for m in metrics]
             for training, metrics in self.sets.items()}
 
 @patch
@@ -731,7 +799,8 @@ def get_momentum(group): # of an optimizer's `param_groups`
     return group['momentum'] if 'momentum' in group else group['betas'][0] if 'betas' in group else 0
 
 def _as_it_is(value):
-    "A number that will not change when a tensor does."
+    "A number that will not change when a tensor does; nan for none."
+    if value is None: return math.nan
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 Learner.default_cbs += (Recorder,)
@@ -902,6 +971,7 @@ class Progress(Callback):
         now = time.perf_counter()
         if now < self.next: return
         self.next = now + self.every
+        learn.loss.item()  # an error of the device is no error of the screen
         self.show(self.screen.update, learn)
 
     def after_epoch(self, learn):
@@ -914,7 +984,7 @@ class Progress(Callback):
     def show(self, draw, *what):
         "A screen that has gone, or can't show a letter, doesn't end the fit; lines take its place."
         try: draw(*what)
-        except (OSError, ValueError, AttributeError):
+        except Exception:  # of whatever kind: a screen may be any object
             gone, self.screen, self.next = self.screen, _Lines(), math.inf
             self.screen.rows = gone.rows
             if getattr(gone, 'bar', None) is not None: gone.bar.disable = True  # or tqdm tries again
@@ -927,13 +997,18 @@ def validate(self:Learner,
              dl=None, # iterable of batches; None: the Learner's validation data
             ) -> dict: # valid_loss and each metric, name -> number
     "Loss and metrics in evaluation mode, without gradients; raises `ValueError` without data."
-    dl = self.dls[1] if dl is None else dl
-    if dl is None: raise ValueError('expected validation data, got None: give `dl`, or make the Learner with a pair of loaders')
-    metrics = Metrics()
+    dl, metrics = self._loader(dl), Metrics()
     metrics.begin(self, apart=self.depth > 0)
     cbs = [cb for cb in self._for_passes() if not isinstance(cb, Metrics)]
-    with self._running(cbs + [metrics]): self._one_pass(dl, training=False)
+    with self._running(cbs + [metrics]), suppress(CancelEpoch, CancelFit): self._one_pass(dl, training=False)
     return metrics.read()
+
+@patch
+def _loader(self:Learner, dl, bs=512):
+    "What to go through: batches as given, a dataset in batches, or the validation data."
+    dl = self.dls[1] if dl is None else dl
+    if dl is None: raise ValueError('expected data, got None: give `dl`, or make the Learner with a pair of loaders')
+    return DataLoader(dl, bs) if isinstance(dl, (Dataset, torch.utils.data.Dataset)) else dl
 
 class _Collect(Callback):
     "Keeps predictions and targets, and goes no further: no loss is computed."
@@ -941,7 +1016,8 @@ class _Collect(Callback):
     def __init__(self): self.preds, self.targets = [], []
     def after_predict(self, learn):
         self.preds.append(_float32(learn.pred))
-        self.targets.append(learn.yb)
+        try: self.targets.append(learn.yb)
+        except (KeyError, IndexError, AttributeError): self.targets.append(None)  # a batch of inputs alone
         raise CancelBatch
 
 @patch
@@ -1003,13 +1079,13 @@ def get_preds(self:Learner,
               bs:int=512, # rows at a time, for a Tensor
              ) -> tuple: # predictions and targets, each as the batches have them, (n, ...); None for targets that are not there
     "Predictions in evaluation mode, without gradients, in the order of the data; half precision comes as float32."
-    dl = self.dls[1] if dl is None else dl
-    if dl is None: raise ValueError('expected data to predict, got None: give `dl`, or make the Learner with a pair of loaders')
+    dl = self._loader(dl, whole_number(bs, 'bs'))
     if isinstance(dl, Tensor):
         if _own_batches(self): raise TypeError('expected batches as this Learner takes them, got a Tensor: see predict')
-        dl = dl.split(whole_number(bs, 'bs'))
+        dl = dl.split(bs)
     collect = _Collect()
-    with self._running(self._for_passes() + [collect]): self._one_pass(_Targeted(dl, self), training=False)
+    with self._running(self._for_passes() + [collect]), suppress(CancelEpoch, CancelFit):
+        self._one_pass(_Targeted(dl, self), training=False)
     return _joined(collect.preds, 'predictions'), _joined(collect.targets, 'targets')
 
 class _Targeted:
@@ -1031,7 +1107,9 @@ def _own_batches(learn):
 def predict_inputs(self:Learner,
                    *inputs): # for the model: Tensors, arrays or lists of numbers, or whatever it takes
     "Predictions for one batch of inputs, in evaluation mode and without gradients: what `predict(x)` gives."
-    collect, batch = _Collect(), inputs[0] if _own_batches(self) else (*map(_as_input, inputs), None)
+    own = _own_batches(self)
+    if own and len(inputs) > 1: raise TypeError(f'expected one batch as this Learner takes them, got {len(inputs)} inputs')
+    collect, batch = _Collect(), inputs[0] if own else (*map(_as_input, inputs), None)
     with self._running(self._for_passes() + [collect]): self._one_pass([batch], training=False)
     return collect.preds[0]
 
@@ -1051,7 +1129,8 @@ def freeze_to(self:Learner,
     if not isinstance(n, int) or not -len(parts) <= n < len(parts):
         raise ValueError(f'expected at least one of {len(parts)} parts to train, got freeze_to({n!r})')
     trained = {id(p) for part in parts[n if n >= 0 else len(parts) + n:] for p in part.parameters()}
-    for p in self.model.parameters(): p.requires_grad_(n == 0 or id(p) in trained)
+    for p in self.model.parameters():
+        if p.is_floating_point() or p.is_complex(): p.requires_grad_(n == 0 or id(p) in trained)
 
 @patch
 def unfreeze(self:Learner):
@@ -1105,11 +1184,11 @@ def _in_place(opt):
 class GradientClip(Callback):
     "Scales the gradients down so that their norm over all parameters is at most `max_norm` (Pascanu et al., 2013)."
     def __init__(self, max_norm:float=1.): # limit of the 2-norm, > 0
-        if not max_norm > 0: raise ValueError(f'expected max_norm above 0, got {max_norm}')
+        if not isinstance(max_norm, (int, float)) or not max_norm > 0: raise ValueError(f'expected max_norm above 0, got {max_norm}')
         self.max_norm = max_norm
 
     def after_backward(self, learn):
-        nn.utils.clip_grad_norm_([p for m in learn.modules for p in m.parameters()], self.max_norm)
+        nn.utils.clip_grad_norm_([p for group in learn.opt.param_groups for p in group['params']], self.max_norm)
 
 # %% ../nbs/10_learner.ipynb #100118
 class GradientAccumulation(Callback):
@@ -1120,6 +1199,7 @@ class GradientAccumulation(Callback):
 
     def before_fit(self, learn):
         if learn.asks_closure: raise ValueError('expected an optimizer that steps without a closure, to accumulate gradients')
+        if is_sum(learn.loss_func): raise ValueError('expected a loss that is a mean, to accumulate gradients, got a sum')
         self.forget()
         self.backward, learn.backward = learn.backward, partial(self.weighted_backward, learn)
 
@@ -1139,9 +1219,15 @@ class GradientAccumulation(Callback):
         self.divide(learn)
 
     def divide(self, learn):
-        grads = [p.grad for m in learn.modules for p in m.parameters() if p.grad is not None]
+        grads = [p.grad for group in learn.opt.param_groups for p in group['params'] if p.grad is not None]
         torch._foreach_div_(grads, self.weight)
         self.forget()
+
+    def last_step(self, learn):
+        self.divide(learn)
+        for cb in learn.running:
+            if cb is not self and hasattr(cb, 'after_backward'): cb.after_backward(learn)
+        learn.take_step()
 
     def cleanup_batch(self, learn):  # another callback has thrown the batch away: its gradient goes, and those it is among
         if self.open: self.forget()
@@ -1151,8 +1237,7 @@ class GradientAccumulation(Callback):
         try:
             yield
             if learn.training and self.batches:  # a rest, after batches that were skipped or could not be counted
-                self.divide(learn)
-                with suppress(CancelBatch): learn.take_step()
+                with suppress(CancelBatch): self.last_step(learn)
         finally:
             if learn.training and self.batches:
                 self.forget()
@@ -1164,8 +1249,15 @@ class OverfitOneBatch(Callback):
     def __init__(self, n:int=100): # steps an epoch, at least 1
         self.n = whole_number(n, 'n, the steps an epoch,')
 
-    def before_fit(self, learn): self.dls, learn.dls = learn.dls, ([next(iter(learn.dls[0]))]*self.n, None)
+    def before_fit(self, learn): self.dls, learn.dls = learn.dls, (_Repeated(next(iter(learn.dls[0])), self.n), None)
     def cleanup_fit(self, learn): learn.dls = vars(self).pop('dls', learn.dls)
+
+class _Repeated:
+    "Copies of one batch, so that whoever changes one leaves the next as it was."
+    def __init__(self, batch, n): self.batch, self.n = batch, n
+    def __len__(self): return self.n
+    def __iter__(self):
+        for _ in range(self.n): yield map_nest(lambda v: v.clone() if isinstance(v, Tensor) else v, self.batch)
 
 # %% ../nbs/10_learner.ipynb #100126
 class MixedPrecision(Callback):
@@ -1177,6 +1269,7 @@ class MixedPrecision(Callback):
         self.dtype = dtype
 
     def before_fit(self, learn):
+        if learn.asks_closure: raise ValueError('expected an optimizer that steps without a closure, for 16 bits')
         if self.dtype is torch.bfloat16: return
         device = next(learn.model.parameters()).device.type
         if device != 'cuda': raise ValueError(f'expected a model on CUDA for float16, got one on {device}: use bfloat16')
@@ -1200,13 +1293,16 @@ class MixedPrecision(Callback):
     def before_batch(self, learn):
         self.cast = torch.autocast(next(learn.model.parameters()).device.type, self.dtype)
         self.cast.__enter__()
+        torch.clear_autocast_cache()  # copies of weights that another fit may have changed
 
     def after_backward(self, learn):
         if self.dtype is torch.float16: self.scaler.unscale_(learn.opt)  # before anybody clips
 
     def leave(self, learn):
         cast, self.cast = self.cast, None
-        if cast: cast.__exit__(None, None, None)
+        if not cast: return
+        cast.__exit__(None, None, None)
+        torch.clear_autocast_cache()
 
     after_loss = cleanup_batch = leave
 
@@ -1222,13 +1318,14 @@ class Compile(Callback):
         if learn.asks_closure: raise ValueError('expected an optimizer that steps without a closure, to compile')
         if any(True for m in learn.modules[1:] for p in m.parameters()):
             raise ValueError('expected a loss function without parameters of its own, to compile')
-        self.model, self.compiled = learn.model, torch.compile(_loss_and_grads(learn.model, learn.loss_func))
+        self.model, self.loss_func, self.compiled = learn.model, learn.loss_func, torch.compile(_loss_and_grads(learn.model, learn.loss_func))
         self.before_epoch(learn)
         learn.predict, learn.get_loss = partial(self.compiled_predict, learn), partial(self.take_loss, learn)
         learn.backward = partial(self.take_grads, learn)
 
     def before_epoch(self, learn):  # a layer may have been replaced
-        if learn.model is not self.model: raise ValueError('expected the model that was compiled, got another: begin a new fit')
+        if learn.model is not self.model or learn.loss_func is not self.loss_func:
+            raise ValueError('expected the model and the loss function that were compiled, got others: begin a new fit')
         self.params, self.buffers = dict(learn.model.named_parameters()), dict(learn.model.named_buffers())
 
     def compiled_predict(self, learn, *inputs):
@@ -1238,13 +1335,15 @@ class Compile(Callback):
 
     def take_loss(self, learn):
         if not learn.training: return Learner.get_loss(learn)
-        learn.loss = self.loss
+        learn.loss, learn.by_loss_func = self.loss, True
 
     def take_grads(self, learn):
         for k, g in self.grads.items():
             p = self.params[k]
             p.grad = g if p.grad is None else p.grad + g
         self.loss = self.grads = None
+
+    def after_epoch(self, learn): self.before_epoch(learn)
 
 def _loss_and_grads(model, loss_func):
     def loss(params, buffers, batch):
@@ -1290,7 +1389,7 @@ def show_results(self:Learner,
     """Draw the first `n` images of the first batch, titled target -> prediction, a pair for each output; return the axes.
     Raises `ValueError` if there is no target for each prediction."""
     n = whole_number(n, 'n')
-    batch = next(iter(self.dls[1] if dl is None else dl))
+    batch = next(iter(self._loader(dl)))
     preds, targets = ([t[:n].cpu() for t in _leaves(nest)] for nest in self.get_preds([batch]))
     if len(preds) != len(targets): raise ValueError(f'expected a target for each of {len(preds)} predictions, got {len(targets)}')
     titles = map(', '.join, zip(*(_titles(target, pred, labels) for target, pred in zip(targets, preds))))
@@ -1310,10 +1409,16 @@ def top_losses(self:Learner,
               ) -> tuple: # losses (n,), indices of the rows (n,)
     "The rows with the largest loss, largest first; each is given to the loss function as a batch of one."
     pred, target = self.get_preds(dl)
-    rows = range(n_rows(target, [pred]))
-    with torch.no_grad():
-        losses = torch.stack([self.loss_func(_row(pred, i), _row(target, i)) for i in rows])
-    return losses.topk(min(whole_number(n, 'n'), len(losses)))
+    own = type(self).get_loss is not Learner.get_loss
+    if own and _own_batches(self): raise ValueError('expected the plain xb and yb with a get_loss of its own, got others')
+    weigh, losses = weigher(self.loss_func), []
+    with torch.no_grad(), self._running(()):
+        for i in range(n_rows(target, [pred])):
+            self.pred, self.batch = _row(pred, i), (None, _row(target, i))
+            self.get_loss()
+            weight = weigh(self.pred, self.yb) if weigh and self.by_loss_func else None
+            losses.append(self.loss if weight is None else torch.where(weight > 0, self.loss*weight, 0))
+    return torch.stack(losses).topk(min(whole_number(n, 'n'), len(losses)))
 
 # %% ../nbs/10_learner.ipynb #100139
 def confusion_matrix(pred:Tensor, # scores (n, classes)
@@ -1325,7 +1430,7 @@ def confusion_matrix(pred:Tensor, # scores (n, classes)
         raise ValueError(f'expected scores (n, classes) and classes (n,), got {tuple(pred.shape)} and {tuple(target.shape)}')
     if len(target) and not 0 <= int(target.min()) <= int(target.max()) < n:
         raise ValueError(f'expected targets in 0 to {n - 1}, got {int(target.min())} to {int(target.max())}')
-    return torch.bincount(target*n + pred.argmax(-1), minlength=n*n).view(n, n)
+    return torch.bincount(target.long()*n + pred.argmax(-1), minlength=n*n).view(n, n)
 
 @patch
 def plot_confusion_matrix(self:Learner,

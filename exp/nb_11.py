@@ -9,10 +9,11 @@ __all__ = ['SuggestedLRs', 'sched_const', 'sched_lin', 'sched_cos', 'sched_exp',
 # %% ../nbs/11_schedules.ipynb #110004
 import copy, math, random, statistics, warnings
 from collections import namedtuple
-from itertools import accumulate
+from itertools import accumulate, islice
 import numpy as np
 import torch
 from fastcore.basics import patch
+from torch import nn
 from .nb_00 import COLORS
 from .nb_10 import Callback, CancelFit, Learner, as_list, get_momentum, load_opt_state, whole_number
 
@@ -102,6 +103,9 @@ class Scheduler(Callback):
     "Sets entries of the optimizer's groups before each training batch, and puts them back after the fit."
     order, sweep = -1, False
     def __init__(self, **scheds): # name of the entry -> function of progress, or a list of them, one a group
+        for name, each in scheds.items():
+            if not all(map(callable, as_list(each))):
+                raise ValueError(f'expected a function of progress for {name}, got {each}')
         self.scheds, self.before = scheds, []
 
     def before_fit(self, learn):
@@ -154,18 +158,18 @@ def fit_one_cycle(self:Learner,
                   max_batches:int=None): # end each pass after so many batches; None: all
     """`fit` with one cycle of learning rate and momentum (Smith and Topin, 2018); raises `ValueError` for
     rates, shares and divisors that make no cycle."""
-    _check_cycle(pct_start, div=div, div_final=div_final)
+    _check_cycle(pct_start, moms, div=div, div_final=div_final)
     self.ready_opt(reset_opt)
     lrs = self.rates(self.lr if lr_max is None else lr_max)
     scheds = dict(lr=[sched_one_cycle(lr/div, lr, lr/div_final, pct_start) for lr in lrs])
     if moms and all('betas' in g or g.get('momentum') for g in self.opt.param_groups):
-        if len(moms) != 3 or not all(0 <= m < 1 for m in moms):
-            raise ValueError(f'expected three momenta of at least 0 and below 1, got {moms}')
         scheds['momentum'] = sched_one_cycle(*moms, pct_start)
     self.fit(n_epochs, cbs=[Scheduler(**scheds), *as_list(cbs)], max_batches=max_batches)
 
-def _check_cycle(pct_start, **divisors):
+def _check_cycle(pct_start, moms=None, **divisors):
     if not 0 < pct_start < 1: raise ValueError(f'expected pct_start in (0, 1), got {pct_start}')
+    if moms and not (isinstance(moms, (tuple, list)) and len(moms) == 3 and all(0 <= m < 1 for m in moms)):
+        raise ValueError(f'expected three momenta of at least 0 and below 1, got {moms}')
     for name, value in divisors.items():
         if not 0 < value < math.inf: raise ValueError(f'expected {name} above 0, got {value}')
 
@@ -260,8 +264,11 @@ def lr_find(self:Learner,
     if not 0 < start < end < math.inf: raise ValueError(f'expected 0 < start < end, got {start}, {end}')
     if not diverged > 1: raise ValueError(f'expected diverged above 1, got {diverged}')
     sweep = _Sweep(sched_exp(start, end), whole_number(steps, 'steps', 10), diverged)
-    kept, rng = (self.dls, self.cbs, self.opt), get_rng_state(self.dls)
-    states = [copy.deepcopy(m.state_dict()) for m in self.modules]
+    if self.opt is not None: self.ready_opt()  # takes in what is new before anything is kept
+    rng = get_rng_state(self.dls)
+    if any(map(nn.parameter.is_lazy, self.model.parameters())): self.get_preds(islice(self.dls[0], 1))  # shapes it
+    kept, states = (self.dls, self.cbs, self.opt), [copy.deepcopy(m.state_dict()) for m in self.modules]
+    buffers = [(b, b.clone()) for m in self.modules for b in m.buffers()]  # also those that no state_dict has
     opt = self.opt and copy.deepcopy(self.opt.state_dict())
     try:
         self.dls, self.cbs = (self.dls[0], None), [cb for cb in self.cbs if cb.sweep]
@@ -269,18 +276,21 @@ def lr_find(self:Learner,
     finally:
         self.dls, self.cbs, self.opt = kept
         for m, state in zip(self.modules, states): m.load_state_dict(state)
+        for buffer, value in buffers: buffer.copy_(value)
         if opt: load_opt_state(self.opt, opt)
         set_rng_state(rng, self.dls)
-    if len(sweep.lrs) < 10:
-        n = len(sweep.lrs)
-        raise ValueError(f'expected 10 losses to see a slope, got {n} before it exploded: lower start?')
-    if _falls(sweep.raw, sweep.losses):
-        found = SuggestedLRs(_valley(sweep.lrs, sweep.losses), _steepest(sweep.lrs, sweep.losses))
-    else:
-        found = SuggestedLRs(None, None)
-        warnings.warn(f'the loss fell at no rate from {start:g} to {end:g}: no rate can be suggested')
+    found = _suggest(sweep)
     if plot: _plot_sweep(sweep, found)
     return found
+
+def _suggest(sweep):
+    "Read the curve; raises `ValueError` for one that is too short, and warns if it never falls."
+    lrs, losses = sweep.lrs, sweep.losses
+    if len(lrs) < 10:
+        raise ValueError(f'expected 10 losses to see a slope, got {len(lrs)} before it exploded: lower start?')
+    if _falls(sweep.raw, losses): return SuggestedLRs(_valley(lrs, losses), _steepest(lrs, losses))
+    warnings.warn(f'the loss fell at no rate from {lrs[0]:g} to {lrs[-1]:g}: no rate can be suggested')
+    return SuggestedLRs(None, None)
 
 # %% ../nbs/11_schedules.ipynb #110058
 def _plot_sweep(sweep, found):

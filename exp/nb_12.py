@@ -351,15 +351,18 @@ def _matrices(module):
     own = [(name, p) for name, p in own if known or min(p.flatten(1).shape) > 1]  # no single row or column
     return [p for name, p in own if not re.search(_NO_MATRIX, name) and ('weight' in name or not has_layers)]
 
+_HEAD = r'(^|[._])(heads?|heads\.\w+|classifier|logits|actor|critic|[a-z]+_embed)$|^(fc|policy|value|output)$'
+
 def _split_params(*modules): # nn.Modules, such as `learn.modules`
     """Groups for `Muon` by what a parameter is for: weights of hidden layers; embeddings, heads, biases, ...
-    A head is the last matrix of each module, and of a part that is called head, classifier or logits."""
+    A head is the last matrix of a module, and of each part whose name says so."""
     def matrices(module): return [id(p) for m in module.modules() for p in _matrices(m)]
     params = list({id(p): p for top in modules for p in top.parameters()}.values())
     hidden = {i for top in modules for i in matrices(top)}
-    for name, module in [pair for top in modules for pair in top.named_modules()]:
-        if re.search(r'^$|(^|[._])(head|classifier|logits)$', name): hidden -= set(matrices(module)[-1:])
-        if isinstance(module, _TABLES): hidden -= {id(p) for p in module.parameters()}
+    for top in modules:
+        heads = [m for name, m in top.named_modules() if re.search(_HEAD, name) and matrices(m)]
+        for head in [*heads, top]: hidden -= set(matrices(head)[-1:])
+        for table in [m for m in top.modules() if isinstance(m, _TABLES)]: hidden -= {id(p) for p in table.parameters()}
     return _muon_groups(params, params, hidden)
 
 Muon.split_params = staticmethod(_split_params)
@@ -367,15 +370,22 @@ Muon.split_params = staticmethod(_split_params)
 # %% ../nbs/12_optimizers.ipynb #120069
 class EMA(Callback):
     "Keeps an exponential moving average of the weights, validates with it, and leaves it in the model."
-    order, sweep, saved = 30, False, ('mean', 'averaged')
+    order, sweep, everywhere, saved = 30, False, True, ('mean', 'averaged')
     def __init__(self, decay:float=0.99): # share of the mean that is kept at each step, in [0, 1)
         if not 0 <= decay < 1: raise ValueError(f'expected decay in [0, 1), got {decay}')
         self.decay, self.averaged, self.mean = decay, False, None
 
     def before_fit(self, learn):
-        params = {id(p): p for m in learn.modules for p in m.parameters()}.values()
-        self.params, self.averaged = [p for p in params if p.is_floating_point() or p.is_complex()], False
-        self.mean = [p.detach().clone() for p in self.params]
+        self.params, self.mean, self.averaged = [], [], False
+        self.take_in(learn)
+
+    def take_in(self, learn):
+        "Begin a mean for each parameter that has none."
+        known = {id(p) for p in self.params}
+        for p in {id(p): p for m in learn.modules for p in m.parameters()}.values():
+            if id(p) not in known and (p.is_floating_point() or p.is_complex()):
+                self.params.append(p)
+                self.mean.append(p.detach().clone())
 
     @torch.no_grad()
     def after_step(self, learn): torch._foreach_lerp_(self.mean, self.params, 1 - self.decay)
@@ -386,11 +396,13 @@ class EMA(Callback):
             p.data.copy_(mean)
             mean.copy_(kept)
         self.averaged = not self.averaged
+        torch.clear_autocast_cache()
 
     @contextmanager
     def around_pass(self, learn):
         before, nested = self.averaged, not learn.fitting
         if self.mean and before == learn.training: self.swap()  # plain to train, averaged to validate
+        if self.mean and learn.training: self.take_in(learn)
         try: yield
         finally:
             if nested and self.averaged != before: self.swap()

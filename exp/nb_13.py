@@ -403,15 +403,15 @@ def load_checkpoint(learn:Learner, # made as the saved one was: model, optimizer
 
 # %% ../nbs/13_checkpoints.ipynb #130045
 class _Rest:
-    "What a loader gives from batch `start` on, random states being then as they were at that point."
-    def __init__(self, dl, start, random, dls):
-        self.dl, self.start, self.random, self.dls = dl, start, random, dls
+    "What a loader gives from batch `first_batch` on, random states being then as they were at that point."
+    def __init__(self, dl, first_batch, random, dls):
+        self.dl, self.first_batch, self.random, self.dls = dl, first_batch, random, dls
 
     def __len__(self): return len(self.dl)
 
     def __iter__(self):
         batches = iter(self.dl)
-        for _ in range(self.start): next(batches)
+        for _ in range(self.first_batch): next(batches)
         set_rng_state(self.random, self.dls)
         yield from batches
 
@@ -618,7 +618,7 @@ class Checkpoint(Monitor):
         if self.state: self._go_on_within(learn)
         if not self.checked: _check_readable(_state_of(learn, self.dls), self.folder)
         self.checked = True
-        self.random, self.last = get_rng_state(self.dls), getattr(learn.dls[0], 'start', 0)
+        self.random, self.last = get_rng_state(self.dls), getattr(learn.dls[0], 'first_batch', 0)
 
     def after_batch(self, learn):
         if not learn.training: return

@@ -1,6 +1,6 @@
 """Every configuration in which PyTorch tests its own SGD, RMSprop, Adam, AdamW and Muon, here with ours: weights and state
 after five steps are the same, or, where ours lack an option, it is refused by name wherever it can be given."""
-import inspect, subprocess, sys
+import inspect, pickle, subprocess, sys
 import pytest
 import torch
 from torch import nn
@@ -24,7 +24,6 @@ def configs():
     "Class name -> list of options."
     out = subprocess.run([sys.executable, '-c', LIST, *TWINS], capture_output=True, timeout=120)
     if out.returncode: pytest.skip(f'no list of configurations: {out.stderr.decode()[-200:]}')
-    import pickle
     found = pickle.loads(out.stdout)
     return {name: [kwargs for n, kwargs in found if n == name] for name in TWINS}
 

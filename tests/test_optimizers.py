@@ -1140,3 +1140,26 @@ def test_the_model_moves_to_cuda(ours):
     gpu.model.cpu()
     gpu.fit(1)
     assert next(gpu.model.parameters()).is_cuda
+
+
+@pytest.mark.parametrize('name', ['heads', 'actor', 'critic', 'class_embed', 'fc', 'classifier'])
+def test_names_of_heads(name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            setattr(self, name, nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 2)]) if name == 'heads' else nn.Linear(8, 3))
+            self.one, self.two, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+    assert kinds(Net()) == ['one.weight', 'two.weight']
+
+
+def test_an_average_takes_in_a_layer_that_comes_later():
+    class Replace(Callback):
+        def before_epoch(self, learn):
+            if learn.epoch == 1: learn.model.layers[-1] = nn.Linear(8, 3)
+    def trained(cbs):
+        learn = new_learner(SGD, cbs)
+        learn.fit(3)
+        return learn
+    plain, averaged = trained([Replace()]), trained([EMA(0.9), Replace()])
+    assert torch.equal(plain.recorder.losses, averaged.recorder.losses)
+    assert not any(map(torch.equal, plain.model.parameters(), averaged.model.parameters()))
