@@ -15,7 +15,8 @@ def matmul(a:Tensor, # (..., n, m)
           ) -> Tensor: # (..., n, p), the leading dimensions broadcast
     "Matrix product, batched, by Einstein summation; raises `ValueError` for shapes that don't fit."
     if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
-        raise ValueError(f'expected shapes (..., n, m) and (..., m, p), got {tuple(a.shape)} and {tuple(b.shape)}')
+        shapes = f'{tuple(a.shape)} and {tuple(b.shape)}'
+        raise ValueError(f'expected shapes (..., n, m) and (..., m, p), got {shapes}')
     return torch.einsum('...ik,...kj->...ij', a, b)
 
 # %% ../nbs/02_model.ipynb #020087
@@ -26,7 +27,8 @@ class Model(nn.Module):
                  nh:int, # hidden units
                  n_out:int): # outputs, such as classes
         super().__init__()
-        if min(n_in, nh, n_out) < 1: raise ValueError(f'expected sizes of at least 1, got {n_in}, {nh}, {n_out}')
+        if min(n_in, nh, n_out) < 1:
+            raise ValueError(f'expected sizes of at least 1, got {n_in}, {nh}, {n_out}')
         self.layers = nn.Sequential(nn.Linear(n_in, nh), nn.ReLU(), nn.Linear(nh, n_out))
 
     def forward(self,
