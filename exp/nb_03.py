@@ -119,7 +119,7 @@ def accuracy(out:Tensor, # scores, any shape, at least two classes along `dim`
              dim:int=-1, # of the classes
              ignore_index:int=-100, # the target of positions that don't count; None: all count
             ) -> Tensor: # 0-d float32, 0 to 1; nan if no position counts
-    "Share of positions where the target has the highest score; raises `ValueError` for targets that don't fit."
+    "Share of positions where the target has the highest score; raises `ValueError` for targets that misfit."
     target = _check_target(out, target, dim)
     counted = _counted(target, ignore_index)
     if out.shape[dim] == 1 and ((target != 0) & counted).any():
