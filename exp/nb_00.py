@@ -77,6 +77,7 @@ def label_lines(ax, # matplotlib axes with lines that have labels
                 gap:float=0.07): # least distance of two labels, as a share of the height
     "Write the label of each line at its right end, in its colour, instead of a legend."
     lines = [line for line in ax.lines if not line.get_label().startswith('_')]
+    ax.viewLim  # asking for its limits makes matplotlib compute them, for the transforms below
     ends = []
     for line in lines:
         x, y = (np.asarray(values, dtype=float) for values in line.get_data())
@@ -162,7 +163,7 @@ def plot_times(times:dict, # label -> seconds
     return ax
 
 # %% ../nbs/00_tools.ipynb #000101
-def judge(check, # function of the answer: yields (given, what came out or a function for it, what was expected)
+def judge(check, # function of the answer: yields (given, what came out or a function for it, expected)
           answer): # a function, a class, or whatever was asked for
     "Print in one line whether an answer passes its check, or the first case it fails; raises nothing."
     given, n = 'nothing yet', 0
