@@ -26,7 +26,7 @@ test: .venv/.dev  ## run every notebook from a cold kernel, then the tests
 	$(BIN)/python -m pytest -q tests
 
 lab: .venv/.dev  ## open JupyterLab on the front page
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir=. nbs/index.ipynb
 
 run: .venv/.dev  ## execute every notebook in place and clean it
 	$(BIN)/python tests/execute.py $(NOTEBOOKS)

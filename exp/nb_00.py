@@ -18,7 +18,7 @@ def test_near(a, # tensor, array, number or nested list of numbers
               rtol:float=1e-3, # part of the tolerance that grows with |b|
               atol:float=1e-5, # part of the tolerance that does not
              ):
-    "Raise `AssertionError` unless `a` and `b` agree in shape and |a - b| <= atol + rtol |b|; nan is near nothing."
+    "Raise `AssertionError` unless shapes agree and |a - b| <= atol + rtol |b|; nan is near nothing."
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol, check_dtype=False, check_device=False)
 
@@ -27,7 +27,7 @@ test_near.__test__ = False  # its name begins as a test's does, and pytest would
 # %% ../nbs/00_tools.ipynb #000040
 def set_seed(seed:int, # 0 <= seed < 2**32 (numpy's limit)
             ):
-    "Seed the random generators of Python, numpy and PyTorch (all devices); raises `ValueError` outside the range."
+    "Seed the generators of Python, numpy and PyTorch (all devices); raises `ValueError` outside the range."
     if not 0 <= seed < 2**32: raise ValueError(f'expected a seed in 0 to 2**32 - 1, got {seed}')
     random.seed(seed)
     np.random.seed(seed)
@@ -43,8 +43,8 @@ def default_device() -> torch.device: # the accelerator of this machine, else th
     return torch.device('cpu')
 
 # %% ../nbs/00_tools.ipynb #000090
-COLORS = dict(blue='#0072B2', vermillion='#D55E00', green='#009E73', purple='#CC79A7', orange='#E69F00', sky='#56B4E9',
-              black='#000000', gray='#7F7F7F')  # Okabe and Ito (2008), their yellow replaced by gray
+COLORS = dict(blue='#0072B2', vermillion='#D55E00', green='#009E73', purple='#CC79A7', orange='#E69F00',
+              sky='#56B4E9', black='#000000', gray='#7F7F7F')  # Okabe and Ito, their yellow made gray
 
 def set_up(threads:int=1): # how many of them compute
     "What each notebook begins with: threads, and how matplotlib draws."
@@ -65,7 +65,8 @@ def describe(alt:str, # what the figure shows, in a sentence, for readers who ca
     file, small = io.BytesIO(), io.BytesIO()
     plt.savefig(file, format='png', dpi=2*dpi, bbox_inches='tight', metadata={'Software': None})
     plt.close()
-    im = Image.open(file).convert('RGB').quantize(128, dither=Image.Dither.NONE)  # 128 colours: a third of the size
+    im = Image.open(file).convert('RGB')
+    im = im.quantize(128, dither=Image.Dither.NONE)  # 128 colours: a third of the size
     im.save(small, format='png', optimize=True)
     data = base64.b64encode(small.getvalue()).decode()
     tag = f'<img alt="{html.escape(alt)}" width="{im.width//2}" src="data:image/png;base64,{data}">'
@@ -76,6 +77,7 @@ def label_lines(ax, # matplotlib axes with lines that have labels
                 gap:float=0.07): # least distance of two labels, as a share of the height
     "Write the label of each line at its right end, in its colour, instead of a legend."
     lines = [line for line in ax.lines if not line.get_label().startswith('_')]
+    ax.viewLim  # asking for its limits makes matplotlib compute them, for the transforms below
     ends = []
     for line in lines:
         x, y = (np.asarray(values, dtype=float) for values in line.get_data())
@@ -84,7 +86,8 @@ def label_lines(ax, # matplotlib axes with lines that have labels
     at = -math.inf
     for end, line in sorted(zip(ends, lines), key=lambda pair: pair[0]):
         at = max(end, at + gap)
-        ax.text(1.01, at, line.get_label(), color=line.get_color(), transform=ax.transAxes, va='center', fontsize='small')
+        ax.text(1.01, at, line.get_label(), color=line.get_color(), transform=ax.transAxes,
+                va='center', fontsize='small')
     return ax
 
 # %% ../nbs/00_tools.ipynb #000052
@@ -100,7 +103,8 @@ def show_image(im, # (h, w), (1, h, w), (c, h, w) or (h, w, c), c in 3, 4; tenso
     if im.ndim == 3 and im.shape[0] in (1, 3, 4): im = im.transpose(1, 2, 0)  # (c, h, w) -> (h, w, c)
     if im.ndim == 3 and im.shape[-1] == 1: im = im[..., 0]                    # (h, w, 1) -> (h, w)
     if not (im.ndim == 2 or im.ndim == 3 and im.shape[-1] in (3, 4)):
-        raise ValueError(f'expected (h, w), (1, h, w), (c, h, w) or (h, w, c), c in 3, 4; got shape {im.shape}')
+        expected = '(h, w), (1, h, w), (c, h, w) or (h, w, c), c in 3, 4'
+        raise ValueError(f'expected {expected}; got shape {im.shape}')
     if ax is None: ax = plt.subplots(figsize=figsize)[1]
     ax.imshow(im, cmap=cmap, **kwargs)
     ax.set_axis_off()
@@ -109,11 +113,11 @@ def show_image(im, # (h, w), (1, h, w), (c, h, w) or (h, w, c), c in 3, 4; tenso
 
 # %% ../nbs/00_tools.ipynb #000056
 def show_images(ims, # sequence of images, or a tensor (n, h, w) or (n, c, h, w)
-                titles=None, # one a picture, or None
+                titles=None, # one per picture, or None
                 ncols:int=None, # columns of the grid; None: about square, at most 10
                 imsize:float=1.2, # side of a cell, inches
                 **kwargs): # passed to `show_image`
-    "Draw images in a grid, and return the axes; raises `ValueError` without images, or if the titles don't match."
+    "Draw images in a grid, and return the axes; raises `ValueError` without images or if titles misfit."
     import matplotlib.pyplot as plt
     n = len(ims)
     if n == 0: raise ValueError('expected at least one image, got none')
@@ -121,7 +125,8 @@ def show_images(ims, # sequence of images, or a tensor (n, h, w) or (n, c, h, w)
     ncols = min(n, ncols or min(10, math.ceil(math.sqrt(n))))
     nrows = math.ceil(n / ncols)
     height = imsize * (1.25 if titles is not None else 1)
-    fig, axs = plt.subplots(nrows, ncols, figsize=(ncols*imsize, nrows*height), squeeze=False, layout='constrained')
+    size = (ncols*imsize, nrows*height)
+    fig, axs = plt.subplots(nrows, ncols, figsize=size, squeeze=False, layout='constrained')
     for ax in axs.flat: ax.set_axis_off()
     for i, im in enumerate(ims): show_image(im, axs.flat[i], None if titles is None else titles[i], **kwargs)
     return axs
@@ -148,7 +153,8 @@ def plot_times(times:dict, # label -> seconds
     if ax is None: ax = plt.subplots(figsize=(6, 0.6 + 0.3*len(times)))[1]
     ax.plot(list(times.values()), list(times), 'o', color=COLORS['blue'])
     for name, t in times.items():
-        ax.annotate(format_time(t), (t, name), xytext=(8, 0), textcoords='offset points', va='center', fontsize='small')
+        ax.annotate(format_time(t), (t, name), xytext=(8, 0), textcoords='offset points',
+                    va='center', fontsize='small')
     ax.set(xscale='log', xlabel='time (s, log scale)', title=title)
     ax.margins(x=0.25, y=0.3)
     ax.grid(axis='y', alpha=0.3)
@@ -157,29 +163,33 @@ def plot_times(times:dict, # label -> seconds
     return ax
 
 # %% ../nbs/00_tools.ipynb #000101
-def judge(check, # function of the answer: yields (given, what came out or a function that gives it, what was expected)
+def judge(check, # function of the answer: yields (given, what came out or a function for it, expected)
           answer): # a function, a class, or whatever was asked for
-    "Print in one line whether an answer passes its check, or the first case in which it does not; raises nothing."
+    "Print in one line whether an answer passes its check, or the first case it fails; raises nothing."
     given, n = 'nothing yet', 0
     try:
         for given, got, expected in check(answer):
             if callable(got): got = got()
             if not _agree(got, expected):
-                return print(f'Not yet. Given {_in_short(given)}, expected {_in_short(expected)}, got {_in_short(got)}.')
+                case = f'Given {_in_short(given)}, expected {_in_short(expected)}, got {_in_short(got)}.'
+                return print(f'Not yet. {case}')
             n += 1
         print(f'Passed: {n} cases.' if n else 'Not yet. The check has no cases.')
-    except NotImplementedError: print('Not done yet: put your code in the place of `raise NotImplementedError`.')
+    except NotImplementedError:
+        print('Not done yet: put your code in the place of `raise NotImplementedError`.')
     except (Exception, SystemExit) as e:
         print(f'Not yet. Given {_in_short(given)}, got {type(e).__name__}: {_in_short(e)}.')
 
+# %% ../nbs/00_tools.ipynb #000132
 def _agree(a, b):
     "Whether what came out is what was expected: numbers nearly, everything else exactly."
     if isinstance(b, (tuple, list)) and isinstance(a, (tuple, list)):
         return type(a) is type(b) and len(a) == len(b) and all(map(_agree, a, b))
     if isinstance(b, int): return isinstance(a, (int, np.integer, np.bool_)) and bool(a == b)
     if not isinstance(b, (Tensor, np.ndarray, float)): return type(a) is type(b) and bool(a == b)
-    try: torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-3, atol=1e-5, equal_nan=True,
-                                    check_dtype=False, check_device=False)
+    try:
+        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-3, atol=1e-5,
+                                   equal_nan=True, check_dtype=False, check_device=False)
     except (AssertionError, TypeError, ValueError, RuntimeError): return False
     return True
 

@@ -103,8 +103,9 @@ def front_table(works, machine):
     def accuracies(library): return dict.fromkeys(f"{r['accuracy']:.4f}" for r in mlp.values() if r['library'] == library)
     lines = [[lib, *columns(lib, 'lean'), *columns(lib, 'defaults'), ' / '.join(accuracies(lib))] for lib in libraries_of(mlp)]
     head = ['', 'lean: an epoch', 'µs a batch', 'defaults: an epoch', 'µs a batch', 'accuracy']
-    alike = [f'{one} and {other}' for one, other in combinations(mlp, 2) if other in mlp[one].get('like', ())]
-    said = f"Not told apart on an epoch: {'; '.join(alike)}." if alike else 'On an epoch all rows can be told apart.'
+    alike = [f'*{one}* = *{other}*' for one, other in combinations(mlp, 2) if other in mlp[one].get('like', ())]
+    said = 'On an epoch all rows can be told apart.'
+    if alike: said = f"On an epoch, these pairs of rows can't be told apart: {'; '.join(alike)}."
     floor = mlp[FLOOR]['ratio']['median']
     return (f'{table(head, lines)}\n\n{noise(mlp)} Its matrix products alone take {number(floor)} of its time. {said} '
             f'{machine["rounds"]} rounds on one thread of {machine["cpu"]} with {machine["cores"]} cores.')
