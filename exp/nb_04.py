@@ -330,6 +330,7 @@ def _one_order(ds, shuffle, options):
     elif len(given) > 1:
         raise ValueError(f'expected one of sampler, batch_sampler, shuffle=True, got {given}')
 
+# %% ../nbs/04_training.ipynb #040246
 def _order(ds, bs, shuffle, drop_last, seed, options):
     "The sampler of a loader, and the batches of indices from it; None and None where the dataset decides."
     if isinstance(ds, IterableDataset): return None, None
