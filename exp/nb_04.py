@@ -51,25 +51,6 @@ class Optimizer:
         "Forget all gradients."
         for p in self.params: p.grad = None
 
-# %% ../nbs/04_training.ipynb #040167
-def _from_list(numbers):
-    if any(hasattr(o, 'shape') for o in numbers): return torch.stack([torch.as_tensor(o) for o in numbers])
-    return torch.tensor(numbers)
-
-def _as_tensor(data):
-    "Numbers as a tensor, which shares the memory of an array; raises `ValueError` for anything else."
-    if isinstance(data, Tensor): return data
-    if isinstance(data, (list, tuple)):
-        try: return _from_list(data)
-        except (ValueError, TypeError, RuntimeError) as e:
-            raise ValueError(f'expected a list of numbers, all of one shape: {e}') from None
-    data = np.asanyarray(data)  # a memmap stays one
-    if data.dtype.kind not in 'biufc': raise ValueError(f'expected numbers, got an array of {data.dtype}')
-    data = data.astype(data.dtype.newbyteorder('='), copy=False)
-    ours_to_read = data.flags.writeable or isinstance(data, np.memmap)
-    if not ours_to_read or any(s < 0 for s in data.strides): data = data.copy()
-    with warnings.catch_warnings(action='ignore'): return torch.from_numpy(data)  # of read-only memory
-
 # %% ../nbs/04_training.ipynb #040055
 class Dataset:
     "Tensors of equal length, indexed together, by one index or by a whole batch of them."
@@ -78,7 +59,7 @@ class Dataset:
     def __init__(self,
                  x, # inputs (n, ...): tensor, array or list of numbers
                  *more): # more inputs and, last, the targets; raises `ValueError` for unequal lengths
-        tensors = [_as_tensor(o) for o in (x, *more)]
+        tensors = [o if isinstance(o, Tensor) else _as_tensor(o) for o in (x, *more)]
         shapes = [tuple(t.shape) for t in tensors]
         if () in shapes: raise ValueError(f'expected tensors with a first dimension, got shapes {shapes}')
         lengths = [s[0] for s in shapes]
@@ -103,27 +84,14 @@ class Dataset:
         return tuple([t[i].clone() if self.read_only else t[i] for t in self.tensors])
 
 # %% ../nbs/04_training.ipynb #040169
-def _as_index(i):
-    "A range, list or array of indices, or a mask, as a tensor; raises `IndexError` for anything else."
-    i = np.asarray(i)
-    if i.dtype.kind not in 'biu' and i.size:
-        raise IndexError(f'expected integers or a mask, got an index of {i.dtype}')
-    return torch.from_numpy(i.astype(bool if i.dtype.kind == 'b' else np.int64))
-
 def _rows(t, i):
     "The rows of `t` at the index tensor `i`, copied."
-    plain = i.ndim == 1 and i.dtype in (torch.int64, torch.int32) and i.is_cpu
-    if plain and t.is_cpu:
+    if t.is_cpu and i.is_cpu and i.ndim == 1 and i.dtype in (torch.int64, torch.int32):
         try: return t.index_select(0, i)
         except (IndexError, NotImplementedError): return t[i]
-    if plain and len(i):
-        low, high = (int(o) for o in i.aminmax())
-        if not -len(t) <= low <= high < len(t):
-            raise IndexError(f'expected indices in {-len(t)} to {len(t) - 1}, got {low} to {high}')
-        if low >= 0: return t.index_select(0, i.to(t.device))
-    return t[i.to(t.device)]
+    return _other_rows(t, i)
 
-# %% ../nbs/04_training.ipynb #040065
+# %% ../nbs/04_training.ipynb #040221
 def _whole_number(value, least, what):
     "`value` as an int; raises `ValueError` unless it is a whole number, at least `least`, and no bool."
     flag = isinstance(value, bool) or getattr(value, 'dtype', None) is torch.bool
@@ -133,6 +101,7 @@ def _whole_number(value, least, what):
         raise ValueError(f'expected {what} of at least {least}, a whole number, got {value!r}')
     return number
 
+# %% ../nbs/04_training.ipynb #040065
 class Sampler:
     "Batches of indices: every index of `range(n)` once an epoch."
     def __init__(self,
@@ -152,7 +121,7 @@ class Sampler:
         order = torch.randperm(self.n, generator=self.generator) if self.shuffle else range(self.n)
         for i in range(0, len(self)*self.bs, self.bs): yield order[i:i + self.bs]
 
-# %% ../nbs/04_training.ipynb #040070
+# %% ../nbs/04_training.ipynb #040224
 def _fields(item):
     "What an item consists of: so many fields, or these keys, or itself."
     if isinstance(item, (tuple, list)): return len(item)
@@ -163,6 +132,7 @@ def _collate_field(field):
     if isinstance(field[0], (Tensor, float, int)): field = [torch.as_tensor(o) for o in field]
     return default_collate(field)
 
+# %% ../nbs/04_training.ipynb #040070
 def collate(items:list, # what a dataset returned for each index, at least one
            ) -> tuple: # one tensor a field, with a new first dimension; a dict if the items are dicts
     "Stack items into a batch, as torch's `default_collate`; raises `ValueError` if their fields differ."
@@ -187,12 +157,13 @@ class DataLoader:
                  num_workers:int=0, # worker processes; they don't pay for data in memory
                  collate_fn=collate, # list of items -> batch; None: `collate`
                  **options): # torch's: sampler, batch_sampler, generator, pin_memory, persistent_workers, ...
-        self.ds, self.drop_last, self.options, self._kept = ds, drop_last, _given_options(options), None
-        self.bs = _whole_number(bs, 1, 'a batch size')
+        self.ds, self.bs, self.drop_last = ds, _whole_number(bs, 1, 'a batch size'), drop_last
         self.num_workers = _whole_number(num_workers, 0, 'a number of workers')
         self.collate_fn = collate if collate_fn is None else collate_fn
-        self.generator = options.get('generator')
-        self.sampler, self.batches = _order(ds, self.bs, shuffle, drop_last, seed, self.options)
+        self.options, self.generator, self._kept = options, options.get('generator'), None
+        if self._at_once() and not options:
+            self.sampler = self.batches = Sampler(len(ds), self.bs, shuffle, drop_last, seed)
+        else: self._take_options(shuffle, seed)
         if not self._plain(): self._torch_loader()  # which refuses at once what does not go together
 
     @property
@@ -203,83 +174,18 @@ class DataLoader:
 
     def _plain(self): return self._at_once() and not self.num_workers and not self.options
 
-    def _at_once(self):
-        "Whether the dataset can be indexed by a whole batch."
-        plain = getattr(type(self.ds), '__getitem__', None) is Dataset.__getitem__
-        return plain and self.collate_fn is collate and not hasattr(self.ds, '__getitems__')
-
     def __len__(self): return len(self._torch_loader() if self.batches is None else self.batches)
 
     def __iter__(self):
         if self._plain(): return map(self.ds.__getitem__, self.batches)
         return self._keep_workers() if 'persistent_workers' in self.options else iter(self._torch_loader())
 
-# %% ../nbs/04_training.ipynb #040175
-def _order(ds, bs, shuffle, drop_last, seed, options):
-    "The sampler of a loader, and the batches of indices from it; None and None where the dataset decides."
-    given = [name for name in ('sampler', 'batch_sampler') if name in options]
-    if shuffle: given.append('shuffle=True')
-    if isinstance(ds, IterableDataset):
-        if given: raise ValueError(f'an IterableDataset has an order of its own: expected no {given[0]}')
-        return None, None
-    if len(given) > 1: raise ValueError(f'expected one of sampler, batch_sampler, shuffle=True, got {given}')
-    sampler, batch_sampler = options.get('sampler'), options.get('batch_sampler')
-    if shuffle and 'generator' in options: sampler = RandomSampler(ds, generator=options['generator'])
-    if seed is not None and (sampler is not None or batch_sampler is not None):
-        raise ValueError(f'expected no seed beside a sampler or generator, got {seed}')
-    if batch_sampler is not None:
-        if drop_last or bs != 64:
-            raise ValueError(f'expected no bs, drop_last beside a batch_sampler, got {bs}, {drop_last}')
-        return getattr(batch_sampler, 'sampler', batch_sampler), batch_sampler
-    if sampler is not None: return sampler, BatchSampler(sampler, bs, drop_last)
-    if not hasattr(ds, '__len__'):
-        raise ValueError(f'expected a dataset with a length, or an IterableDataset, got {type(ds).__name__}')
-    sampler = Sampler(len(ds), bs, shuffle, drop_last, seed)
-    return sampler, sampler
-
-# %% ../nbs/04_training.ipynb #040177
-_TORCHS = inspect.signature(torch.utils.data.DataLoader).parameters
-_OURS = {'dataset': 'ds', 'batch_size': 'bs'} | {name: name for name in (  # torch's name -> ours
-    'shuffle', 'drop_last', 'num_workers', 'collate_fn')}
-
-def _given_options(options):
-    "The options that are more than torch's defaults; raises `TypeError` for names that torch doesn't know."
-    for name in options:
-        if name in _OURS: raise TypeError(f'expected {_OURS[name]}, which is the name of {name} here')
-        if name not in _TORCHS:
-            raise TypeError(f"expected an option in {sorted(_TORCHS.keys() - _OURS)}, got {name!r}")
-    return {name: value for name, value in options.items() if value is not _TORCHS[name].default}
-
-class _IndexLists:
-    "Batches of indices as lists of ints, which every dataset and every process understands."
-    def __init__(self, sampler): self.sampler = sampler
-    def __len__(self): return len(self.sampler)
-    def __iter__(self):
-        for idxs in self.sampler: yield [int(i) for i in idxs]
-
-def _same(batch): return batch
-
+# %% ../nbs/04_training.ipynb #040226
 @patch
-def _torch_loader(self:DataLoader):
-    "A loader of torch's that gives our batches."
-    options = {k: v for k, v in self.options.items() if k not in ('sampler', 'batch_sampler')}
-    batches = _IndexLists(self.batches) if isinstance(self.batches, Sampler) else self.batches
-    if self.batches is None: options |= dict(batch_size=self.bs, drop_last=self.drop_last)
-    elif self._at_once(): options |= dict(batch_size=None, sampler=batches)
-    else: options |= dict(batch_sampler=batches)
-    options['collate_fn'] = _same if self._at_once() else self.collate_fn
-    return torch.utils.data.DataLoader(self.ds, num_workers=self.num_workers, **options)
-
-# %% ../nbs/04_training.ipynb #040194
-@patch
-def _keep_workers(self:DataLoader):
-    "An epoch of the loader whose workers live on."
-    loader, self._kept = self._kept or self._torch_loader(), None
-    try: yield from loader
-    finally: self._kept = loader
-
-@patch
-def __getstate__(self:DataLoader): return {**vars(self), '_kept': None}  # processes can't be copied
+def _at_once(self:DataLoader):
+    "Whether the dataset can be indexed by a whole batch."
+    plain = getattr(type(self.ds), '__getitem__', None) is Dataset.__getitem__
+    return plain and self.collate_fn is collate and not hasattr(self.ds, '__getitems__')
 
 # %% ../nbs/04_training.ipynb #040087
 @torch.no_grad()
@@ -377,3 +283,119 @@ def most_wrong(model:nn.Module, # in evaluation mode, if it has such layers
     prob, pred = model(x).softmax(-1).max(-1)
     idxs = torch.where(pred == y, 0, prob).topk(min(k, int((pred != y).sum()))).indices
     return idxs, pred[idxs], prob[idxs]
+
+# %% ../nbs/04_training.ipynb #040167
+def _from_list(numbers):
+    if any(hasattr(o, 'shape') for o in numbers): return torch.stack([torch.as_tensor(o) for o in numbers])
+    return torch.tensor(numbers)
+
+def _as_tensor(data):
+    "Numbers as a tensor, which shares the memory of an array; raises `ValueError` for anything else."
+    if isinstance(data, Tensor): return data
+    if isinstance(data, (list, tuple)):
+        try: return _from_list(data)
+        except (ValueError, TypeError, RuntimeError) as e:
+            raise ValueError(f'expected a list of numbers, all of one shape: {e}') from None
+    data = np.asanyarray(data)  # a memmap stays one
+    if data.dtype.kind not in 'biufc': raise ValueError(f'expected numbers, got an array of {data.dtype}')
+    data = data.astype(data.dtype.newbyteorder('='), copy=False)
+    ours_to_read = data.flags.writeable or isinstance(data, np.memmap)
+    if not ours_to_read or any(s < 0 for s in data.strides): data = data.copy()
+    with warnings.catch_warnings(action='ignore'): return torch.from_numpy(data)  # of read-only memory
+
+# %% ../nbs/04_training.ipynb #040241
+def _as_index(i):
+    "A range, list or array of indices, or a mask, as a tensor; raises `IndexError` for anything else."
+    i = np.asarray(i)
+    if i.dtype.kind not in 'biu' and i.size:
+        raise IndexError(f'expected integers or a mask, got an index of {i.dtype}')
+    return torch.from_numpy(i.astype(bool if i.dtype.kind == 'b' else np.int64))
+
+def _other_rows(t, i):
+    "The rows of `t` at a mask or nested indices, or on another device."
+    if i.ndim == 1 and i.dtype in (torch.int64, torch.int32) and i.is_cpu and len(i):
+        low, high = (int(o) for o in i.aminmax())
+        if not -len(t) <= low <= high < len(t):
+            raise IndexError(f'expected indices in {-len(t)} to {len(t) - 1}, got {low} to {high}')
+        if low >= 0: return t.index_select(0, i.to(t.device))
+    return t[i.to(t.device)]
+
+# %% ../nbs/04_training.ipynb #040175
+def _one_order(ds, shuffle, options):
+    "Raise `ValueError` if more than one wants to decide the order of the rows."
+    given = [name for name in ('sampler', 'batch_sampler') if name in options]
+    if shuffle: given.append('shuffle=True')
+    if isinstance(ds, IterableDataset):
+        if given: raise ValueError(f'an IterableDataset has an order of its own: expected no {given[0]}')
+    elif len(given) > 1:
+        raise ValueError(f'expected one of sampler, batch_sampler, shuffle=True, got {given}')
+
+# %% ../nbs/04_training.ipynb #040246
+def _order(ds, bs, shuffle, drop_last, seed, options):
+    "The sampler of a loader, and the batches of indices from it; None and None where the dataset decides."
+    if isinstance(ds, IterableDataset): return None, None
+    sampler, batch_sampler = options.get('sampler'), options.get('batch_sampler')
+    if shuffle and 'generator' in options: sampler = RandomSampler(ds, generator=options['generator'])
+    if seed is not None and (sampler is not None or batch_sampler is not None):
+        raise ValueError(f'expected no seed beside a sampler or generator, got {seed}')
+    if batch_sampler is not None:
+        if drop_last or bs != 64:
+            raise ValueError(f'expected no bs, drop_last beside a batch_sampler, got {bs}, {drop_last}')
+        return getattr(batch_sampler, 'sampler', batch_sampler), batch_sampler
+    if sampler is not None: return sampler, BatchSampler(sampler, bs, drop_last)
+    if not hasattr(ds, '__len__'):
+        raise ValueError(f'expected a dataset with a length, or an IterableDataset, got {type(ds).__name__}')
+    sampler = Sampler(len(ds), bs, shuffle, drop_last, seed)
+    return sampler, sampler
+
+# %% ../nbs/04_training.ipynb #040243
+_TORCHS = inspect.signature(torch.utils.data.DataLoader).parameters
+_OURS = {'dataset': 'ds', 'batch_size': 'bs'} | {name: name for name in (  # torch's name -> ours
+    'shuffle', 'drop_last', 'num_workers', 'collate_fn')}
+
+def _given_options(options):
+    "The options that are more than torch's defaults; raises `TypeError` for names that torch doesn't know."
+    for name in options:
+        if name in _OURS: raise TypeError(f'expected {_OURS[name]}, which is the name of {name} here')
+        if name not in _TORCHS:
+            raise TypeError(f"expected an option in {sorted(_TORCHS.keys() - _OURS)}, got {name!r}")
+    return {name: value for name, value in options.items() if value is not _TORCHS[name].default}
+
+@patch
+def _take_options(self:DataLoader, shuffle, seed):
+    "Decide the order of the rows, as the options want it."
+    self.options = _given_options(self.options)
+    _one_order(self.ds, shuffle, self.options)
+    self.sampler, self.batches = _order(self.ds, self.bs, shuffle, self.drop_last, seed, self.options)
+
+# %% ../nbs/04_training.ipynb #040177
+class _IndexLists:
+    "Batches of indices as lists of ints, which every dataset and every process understands."
+    def __init__(self, sampler): self.sampler = sampler
+    def __len__(self): return len(self.sampler)
+    def __iter__(self):
+        for idxs in self.sampler: yield [int(i) for i in idxs]
+
+def _same(batch): return batch
+
+@patch
+def _torch_loader(self:DataLoader):
+    "A loader of torch's that gives our batches."
+    options = {k: v for k, v in self.options.items() if k not in ('sampler', 'batch_sampler')}
+    batches = _IndexLists(self.batches) if isinstance(self.batches, Sampler) else self.batches
+    if self.batches is None: options |= dict(batch_size=self.bs, drop_last=self.drop_last)
+    elif self._at_once(): options |= dict(batch_size=None, sampler=batches)
+    else: options |= dict(batch_sampler=batches)
+    options['collate_fn'] = _same if self._at_once() else self.collate_fn
+    return torch.utils.data.DataLoader(self.ds, num_workers=self.num_workers, **options)
+
+# %% ../nbs/04_training.ipynb #040194
+@patch
+def _keep_workers(self:DataLoader):
+    "An epoch of the loader whose workers live on."
+    loader, self._kept = self._kept or self._torch_loader(), None
+    try: yield from loader
+    finally: self._kept = loader
+
+@patch
+def __getstate__(self:DataLoader): return {**vars(self), '_kept': None}  # processes can't be copied
