@@ -7,7 +7,7 @@ __all__ = ['COLORS', 'test_near', 'set_seed', 'default_device', 'set_up', 'descr
            'time_call', 'format_time', 'plot_times', 'judge', 'say', 'is_terminal']
 
 # %% ../nbs/00_tools.ipynb #000004
-import math, random, sys
+import math, operator, random, sys
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ test_near.__test__ = False  # its name begins as a test's does, and pytest would
 def set_seed(seed:int, # 0 <= seed < 2**32 (numpy's limit)
             ):
     "Seed the generators of Python, numpy and PyTorch (all devices); raises `ValueError` outside the range."
-    if not 0 <= seed < 2**32: raise ValueError(f'expected a seed in 0 to 2**32 - 1, got {seed}')
+    found, seed = seed, -1 if isinstance(seed, (bool, float, str)) else operator.index(seed)
+    if not 0 <= seed < 2**32: raise ValueError(f'expected a seed in 0 to 2**32 - 1, got {found!r}')
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -99,6 +100,7 @@ def show_image(im, # (h, w), (1, h, w), (c, h, w) or (h, w, c), c in 3, 4; tenso
                **kwargs): # passed to `ax.imshow`
     "Draw an image without a frame, and return its axes; raises `ValueError` for a shape that is no image."
     import matplotlib.pyplot as plt
+    if isinstance(im, Tensor) and im.dtype is torch.bfloat16: im = im.float()  # which numpy doesn't have
     im = im.detach().cpu().numpy() if isinstance(im, Tensor) else np.asarray(im)
     if im.ndim == 3 and im.shape[0] in (1, 3, 4): im = im.transpose(1, 2, 0)  # (c, h, w) -> (h, w, c)
     if im.ndim == 3 and im.shape[-1] == 1: im = im[..., 0]                    # (h, w, 1) -> (h, w)

@@ -70,7 +70,9 @@ def read_idx(src, # path, bytes, or seekable binary file; gzipped or not
             ) -> Tensor: # the shape and dtype that the file declares
     "Read an IDX file (LeCun, Cortes and Burges, 1998); raises `IdxError` for anything that isn't one."
     is_path = isinstance(src, (str, os.PathLike))
-    is_bytes = isinstance(src, (bytes, bytearray))
+    is_bytes = isinstance(src, (bytes, bytearray, memoryview))
+    if not is_path and not is_bytes and not hasattr(src, 'read'):
+        raise TypeError(f'expected a path, bytes or a binary file, got {type(src).__name__}')
     name = 'IDX bytes' if is_bytes else str(os.fspath(src) if is_path else getattr(src, 'name', src))
     if is_path:
         if os.path.isdir(src): raise IdxError(f'{name}: expected an IDX file, found a directory')
@@ -163,13 +165,20 @@ def _load(name, part, data_dir):
     "Images (n, 784) float32 in [0, 1] and labels (n,) int64 of one part, 'train' or 'test'."
     names = ['mnist', *MIRRORS]
     if name not in names: raise ValueError(f'expected a dataset in {names}, got {name!r}')
-    if data_dir: paths = _find(data_dir, IDX_FILES[part])
+    if data_dir is not None: paths = _find(data_dir, IDX_FILES[part])
     else: paths = [EMBEDDED/f if name == 'mnist' else fetch(name, f) for f in IDX_FILES[part]]
     x, y = map(read_idx, paths)
     if x.ndim != 3 or y.shape != x.shape[:1]:
         found = ' and '.join(f'{tuple(t.shape)} in {path}' for t, path in zip((x, y), paths))
         raise IdxError(f'expected n images and n labels, got shapes {found}')
-    return x.flatten(1).float().div_(255), y.long()
+    return _pixels(x, paths[0]), y.long()
+
+def _pixels(x, path):
+    "Images as rows of float32 in [0, 1], from whole numbers up to 255 or from numbers that are there already."
+    low, high = x.aminmax() if x.numel() else (0, 0)
+    if x.is_floating_point() and 0 <= low <= high <= 1: return x.flatten(1).float()
+    if 0 <= low <= high <= 255: return x.flatten(1).float().div_(255)
+    raise IdxError(f'{path}: expected pixels from 0 to 255, or from 0 to 1, found {low} to {high}')
 
 # %% ../nbs/01_data.ipynb #010060
 def get_data(name:str='mnist', # 'mnist', 'fashion_mnist' or 'kmnist'

@@ -60,6 +60,7 @@ class Dataset:
                  x, # inputs (n, ...): tensor, array or list of numbers
                  *more): # more inputs and, last, the targets; raises `ValueError` for unequal lengths
         tensors = [o if isinstance(o, Tensor) else _as_tensor(o) for o in (x, *more)]
+        if any(t.layout is not torch.strided for t in tensors): raise ValueError('expected dense tensors, got a sparse one')
         shapes = [tuple(t.shape) for t in tensors]
         if () in shapes: raise ValueError(f'expected tensors with a first dimension, got shapes {shapes}')
         lengths = [s[0] for s in shapes]
@@ -174,10 +175,14 @@ class DataLoader:
 
     def _plain(self): return self._at_once() and not self.num_workers and not self.options
 
-    def __len__(self): return len(self._torch_loader() if self.batches is None else self.batches)
+    def __len__(self): return len(self._torch_loader() if self.batches is None else self._batches())
+
+    def _batches(self):
+        if isinstance(self.batches, Sampler): self.batches.n = len(self.ds)  # it may have grown
+        return self.batches
 
     def __iter__(self):
-        if self._plain(): return map(self.ds.__getitem__, self.batches)
+        if self._plain(): return map(self.ds.__getitem__, self._batches())
         return self._keep_workers() if 'persistent_workers' in self.options else iter(self._torch_loader())
 
 # %% ../nbs/04_training.ipynb #040226
@@ -199,8 +204,8 @@ def validate(model:nn.Module, # called on each batch; its training mode is resto
     try:
         for xb, yb in dl:
             pred = model(xb)
-            total = total + torch.stack([loss_func(pred, yb), accuracy(pred, yb)])*len(xb)  # (2,)
-            n += len(xb)
+            total = total + torch.stack([loss_func(pred, yb), accuracy(pred, yb)])*len(yb)  # (2,)
+            n += len(yb)
     finally: model.train(training)
     if n == 0: raise ValueError('expected at least one batch, got none')
     return tuple((total/n).tolist())
@@ -241,8 +246,8 @@ def train_epoch(model:nn.Module, # put into training mode
         loss.backward()
         opt.step()
         opt.zero_grad()
-        total = total + loss.detach()*len(xb)
-        n += len(xb)
+        total = total + loss.detach()*len(yb)
+        n += len(yb)
     if n == 0: raise ValueError('expected at least one batch, got none: too few rows for drop_last?')
     return (total/n).item()
 
@@ -382,7 +387,7 @@ def _same(batch): return batch
 def _torch_loader(self:DataLoader):
     "A loader of torch's that gives our batches."
     options = {k: v for k, v in self.options.items() if k not in ('sampler', 'batch_sampler')}
-    batches = _IndexLists(self.batches) if isinstance(self.batches, Sampler) else self.batches
+    batches = _IndexLists(self._batches()) if isinstance(self.batches, Sampler) else self.batches
     if self.batches is None: options |= dict(batch_size=self.bs, drop_last=self.drop_last)
     elif self._at_once(): options |= dict(batch_size=None, sampler=batches)
     else: options |= dict(batch_sampler=batches)
