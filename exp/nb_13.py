@@ -187,9 +187,8 @@ def _state_of(learn, dls):
                 cbs=[(type(cb).__name__, state) for cb in cbs if (state := _state_of_callback(cb))])
 
 def _state_of_callback(cb):
-    state = cb.state_dict()
-    if not isinstance(cb, Metrics) or not _odd(_plain_values(state.get(False))): return state
-    return state | {False: []}  # a file is never written within a validation
+    validation = {False: []} if isinstance(cb, Metrics) else {}  # nothing is written within a validation
+    return cb.state_dict() | validation
 
 def _params_of(learn):
     "Name and shape of each parameter that the optimizer has, group by group."
@@ -435,9 +434,9 @@ def load_checkpoint(learn:Learner, # made as the saved one was: model, optimizer
     "Take over what was saved; raises `CheckpointError` for a damaged file, a misfit, and within a fit."
     state = read_checkpoint(path)
     if learn.depth:
-        raise CheckpointError(f'{path}: expected a Learner between two fits, found one within a fit, whose '
-                              'record would be lost: Checkpoint(resume=True) goes on with a fit, and weights alone '
-                              'may be loaded at any time')
+        raise CheckpointError(f'{path}: expected a Learner between two fits, found one within a fit, '
+                              'whose record would be lost: Checkpoint(resume=True) goes on with a fit, '
+                              'and weights alone may be loaded at any time')
     with _all_or_nothing(learn, path):
         _restore(learn, state, path)
         if not state['opt']: learn.opt = None
@@ -767,19 +766,21 @@ def _load_states(learn, state):
         found = next((pair for pair in left if pair[0] == type(cb).__name__), None)
         if found:
             left.remove(found)
-            before = dict(vars(cb))
-            cb.load_state_dict(to_device(found[1], device))
-            for name, old in before.items(): vars(cb)[name] = _as_before(vars(cb)[name], old)
+            _load_state(cb, to_device(found[1], device))
     left = [name for name, _ in left]
     if left: warnings.warn(f'the checkpoint has the state of {left}, which this fit is without')
 
-def _as_before(value, old):
-    "A dict in the kind that the attribute had, as a `defaultdict`, since files hold plain ones alone."
-    if type(value) is not dict or type(old) is dict or not isinstance(old, dict): return value
-    new = copy.copy(old)
-    new.clear()
-    new.update(value)
-    return new
+def _load_state(cb, state):
+    "A dict gets the kind that it had in the callback, as `defaultdict`, since files hold plain ones alone."
+    owners = [cb, *cb.sets[True]] if isinstance(cb, Metrics) else [cb]
+    kinds = [(o, k, v) for o in owners for k, v in vars(o).items() if isinstance(v, dict)]
+    cb.load_state_dict(state)
+    for owner, name, old in kinds:
+        value = vars(owner).get(name)
+        if type(value) is not dict or type(old) is dict: continue
+        vars(owner)[name] = new = copy.copy(old)
+        new.clear()
+        new.update(value)
 
 # %% ../nbs/13_checkpoints.ipynb #130096
 def _to_json(value):
