@@ -1,6 +1,6 @@
 "Files in other people's hands: wrapped models, extra state, losses with weights, several processes, names of results."
 import copy, os, signal, socket, subprocess, sys, time
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -771,11 +771,13 @@ def test_numbers_of_numpy_and_other_dicts_are_saved(stop, tmp_path):
     load_weights(other := Extra(), tmp_path/'a')
     assert other.value == 0.5 and type(other.value) is float
 
+Point = namedtuple('Point', 'x y')
+
 def test_sums_of_a_validation_need_not_be_saved(tmp_path):
     class Odd(Metric):
         def update(self, pred, target):
             super().update(pred, target)
-            self.last = {'when': np.datetime64('2020-01-01')}
+            self.last = Point(1, 2)
     learn = new_learner()
     learn.metrics = [Odd(accuracy, 'odd')]
     learn.fit(2, cbs=Checkpoint(tmp_path, every=2))
