@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 import exp
-from .nb_10 import Callback, Learner, Recorder, to_device
+from .nb_10 import Callback, Learner, Metrics, Recorder, to_device
 from .nb_11 import get_rng_state, set_rng_state
 
 # %% ../nbs/13_checkpoints.ipynb #130023
@@ -184,7 +184,11 @@ def _state_of(learn, dls):
     if opt: opt = dict(name=type(opt).__name__, state=opt.state_dict(), params=_params_of(learn))
     return dict(format=FORMAT, versions=versions, model=weights.pop('model'), modules=weights, opt=opt,
                 random=get_rng_state(dls), results=learn.results,
-                cbs=[(type(cb).__name__, state) for cb in cbs if (state := cb.state_dict())])
+                cbs=[(type(cb).__name__, state) for cb in cbs if (state := _state_of_callback(cb))])
+
+def _state_of_callback(cb):
+    validation = {False: []} if isinstance(cb, Metrics) else {}  # nothing is written within a validation
+    return cb.state_dict() | validation
 
 def _params_of(learn):
     "Name and shape of each parameter that the optimizer has, group by group."
@@ -204,17 +208,31 @@ def save_checkpoint(learn:Learner, # between two fits
     "Save weights, optimizer, random states, results and record; raises `OSError` if it can't be written."
     _save_state(_state_of(learn, learn.dls), path)
 
-def _save_state(state, path):
-    _check_readable(state, path)
-    _write(state, path)
+def _save_state(state, path): _write(_readable(state, path), path)
 
 # %% ../nbs/13_checkpoints.ipynb #130118
-def _check_readable(state, path):
-    "Raise `CheckpointError` for what a file without programs can't hold: better now than when it is read."
+def _readable(state, path):
+    """A nest in the form that a file without programs can hold; raises `CheckpointError` for what has none:
+    better now than when it is read."""
+    state = _plain_values(state)
     odd = _odd(state)
     if odd: raise CheckpointError(f'{path}: expected numbers, strings, tensors, lists, dicts, found {odd}')
+    return state
 
 _ATOMS = {int, float, bool, str, bytes, type(None), Tensor, nn.Parameter}
+
+def _plain_values(value):
+    "A nest with Python's numbers in the place of numpy's, and plain dicts in that of other kinds of dicts."
+    kind = type(value)
+    if isinstance(value, np.generic): return value.item()
+    if kind in (list, tuple) and set(map(type, value)) <= _ATOMS: return value
+    if kind in (list, tuple): return kind(map(_plain_values, value))
+    if not isinstance(value, dict): return value
+    found = {_plain_values(k): _plain_values(v) for k, v in value.items()}
+    if kind is not OrderedDict: return found
+    found = OrderedDict(found)
+    vars(found).update(vars(value))  # the versions in a state_dict
+    return found
 
 def _odd(value, where=''):
     "Type and place of the first thing in a nest that can't be read back without running it, or ''."
@@ -262,10 +280,13 @@ def _mismatch(name, own, found):
     "In words, how a value doesn't fit in the other's place; '' if it does."
     if own is _NOTHING: return f'{name} not at all, found {_form(found)}'
     if found is _NOTHING: return f'{name} {_form(own)}, found none'
-    if name.endswith('_extra_state') or nn.parameter.is_lazy(own): return ''
-    if _form(own) != _form(found): return f'{name} {_form(own)}, found {_form(found)}'
-    if not isinstance(own, Tensor) or _kind(own) == _kind(found): return ''
-    return f'{name} {_kind(own)}, found {_kind(found)}'
+    if name.endswith('_extra_state') or nn.parameter.is_lazy(own) or _form(own) == _form(found): return ''
+    return f'{name} {_form(own)}, found {_form(found)}'
+
+def _other_kind(name, own, found):
+    "In words, how the numbers are of another kind; '' if they are not."
+    if not all(isinstance(v, Tensor) and not nn.parameter.is_lazy(v) for v in (own, found)): return ''
+    return '' if _kind(own) == _kind(found) else f'{name} {_kind(own)}, found {_kind(found)}'
 
 def _form(value):
     if isinstance(value, Tensor) and nn.parameter.is_lazy(value): return 'without a shape'
@@ -278,21 +299,40 @@ def _kind(value):
 # %% ../nbs/13_checkpoints.ipynb #130089
 def _fitting(parts, found, path):
     "What to load into each part; raises `CheckpointError` unless names, shapes and kinds of numbers agree."
-    wrong, fitting = [], {}
+    wrong, odd, fitting = [], [], {}
     for part in {**parts, **found}:
         own, theirs = parts[part].state_dict() if part in parts else {}, found.get(part, {})
-        prefix, values = '' if part == 'model' else f'{part}.', OrderedDict()
-        for name, key, other in _pairs(own, theirs):
-            value = theirs.get(other, _NOTHING)
-            wrong.append(_mismatch(prefix + name, own.get(key, _NOTHING), value))
-            if key is not None: values[key] = value
+        prefix, values, pairs = '' if part == 'model' else f'{part}.', OrderedDict(), _pairs(own, theirs)
+        twins = {_place(own[key]): theirs[other] for _, key, other in pairs if None not in (key, other)}
+        front = next((key.removesuffix(name) for name, key, _ in pairs if key and key.endswith(name)), '')
+        for name, key, other in pairs:
+            mine = own.get(key, _NOTHING)
+            value = twins.get(_place(mine), _NOTHING) if other is None else theirs[other]
+            wrong.append(_mismatch(prefix + name, mine, value))
+            odd.append(_other_kind(prefix + name, mine, value))
+            if value is not _NOTHING: values[front + name if key is None else key] = value
         values._metadata = _metadata(own, theirs)
         fitting[part] = values
-    wrong = [*filter(None, wrong)]
-    if wrong:
-        more = '; ...' if len(wrong) > 3 else ''
-        raise CheckpointError(f'{path}: made by another model: expected {"; ".join(wrong[:3])}{more}')
+    wrong, odd = [*filter(None, wrong)], [*filter(None, odd)]
+    if odd or wrong and not _taken(parts, fitting):
+        wrong, more = (wrong + odd)[:3], '; ...' if len(wrong + odd) > 3 else ''
+        raise CheckpointError(f'{path}: made by another model: expected {"; ".join(wrong)}{more}')
     return fitting
+
+def _place(value):
+    "Where the numbers of a tensor are, the same for two names of one tensor."
+    if isinstance(value, Tensor) and not nn.parameter.is_lazy(value):
+        with suppress(RuntimeError):  # of tensors that are not in one place
+            if value.data_ptr(): return value.data_ptr(), value.dtype, value.shape, value.stride()
+    return object()
+
+def _taken(parts, fitting):
+    "Whether the modules take it all the same, since they know names and shapes of older versions of theirs."
+    if fitting.keys() - parts.keys(): return False
+    if any(nn.parameter.is_lazy(v) for m in parts.values() for v in m.state_dict().values()): return False
+    try: _load_into(parts, fitting)
+    except Exception: return False
+    return True
 
 def _metadata(own, found):
     "The versions of the modules that wrote `found`, by their names in `own`; None if it has none."
@@ -391,8 +431,12 @@ def _restore(learn, state, path):
 # %% ../nbs/13_checkpoints.ipynb #130039
 def load_checkpoint(learn:Learner, # made as the saved one was: model, optimizer, loaders
                     path): # file made by `save_checkpoint` or `Checkpoint`
-    "Take over what was saved; raises `CheckpointError` for a damaged file, or one that doesn't fit."
+    "Take over what was saved; raises `CheckpointError` for a damaged file, a misfit, and within a fit."
     state = read_checkpoint(path)
+    if learn.depth:
+        raise CheckpointError(f'{path}: expected a Learner between two fits, found one within a fit, '
+                              'whose record would be lost: Checkpoint(resume=True) goes on with a fit, '
+                              'and weights alone may be loaded at any time')
     with _all_or_nothing(learn, path):
         _restore(learn, state, path)
         if not state['opt']: learn.opt = None
@@ -410,9 +454,10 @@ class _Rest:
     def __len__(self): return len(self.dl)
 
     def __iter__(self):
+        first, self.first_batch = self.first_batch, 0  # a pass within this one goes over all of them
         batches = iter(self.dl)
-        for _ in range(self.first_batch): next(batches)
-        set_rng_state(self.random, self.dls)
+        for _ in range(first): next(batches)
+        if first: set_rng_state(self.random, self.dls)
         yield from batches
 
 # %% ../nbs/13_checkpoints.ipynb #130047
@@ -442,36 +487,51 @@ _LOWER = {*'''
     epe ade fde perplexity ppl bpc bpb bpd bitsper nll nlpd bce ce crossentropy ece mce brier crps hinge
     huber logcosh deviance regret cost penalty residual residuals misclassification inaccuracy imprecision
     dissimilarity wer cer per ter mer der eer translationeditrate wil wordinfolost distance divergence kl
-    kld jsd emd mmd fid kid lpips patchsimilarity hamming hausdorff chamfer davies fpr fnr fallout l1 l2
-    aic bic latency seconds time negativeloglikelihood negloglikelihood'''.split()}
+    kld jsd emd mmd fid kid lpips learnedperceptualimagepatchsimilarity hamming hausdorff chamfer davies
+    daviesbouldin fpr fnr fallout l1 l2 aic bic latency seconds time negativeloglikelihood
+    negloglikelihood'''.split()}
 _HIGHER = {*'''
-    accuracy accuracies acc accs f1 f2 fbeta fscore auc aucs auroc auprc aucpr roc precision recall ap map
-    averageprecision specificity sensitivity tpr tnr r2 rsquared explainedvariance iou miou giou dice
-    jaccard kappa mcc matthews corr corrcoef correlation pearson spearman kendall similarity bleu
-    sacrebleu rouge meteor chrf bertscore cider exactmatch wip wordinfopreserved mrr dcg ndcg hit hits
-    hitrate win wins success reward rewards ssim psnr snr sdr sisdr signalnoise signaldistortion pesq stoi
-    likelihood loglikelihood elbo silhouette purity nmi ari throughput'''.split()}
-_UNCLEAR = {*'neg negative minus inverse inverted gap drop diff difference delta std stdev'.split()}
+    accuracy accuracies acc accs f1 f2 fbeta fmeasure fscore auc aucs auroc auprc aucpr roc precision recall
+    ap map averageprecision specificity sensitivity tpr tnr r2 rsquared explainedvariance iou miou giou dice
+    jaccard kappa mcc matthews corr corrcoef correlation pearson spearman kendall similarity bleu sacrebleu
+    rouge meteor chrf bertscore cider exactmatch wip wordinfopreserved mrr dcg ndcg hit hits hitrate hitratio
+    win wins winratio success reward rewards ssim psnr snr sdr sisdr signalnoise signalnoiseratio
+    signaldistortion signaldistortionratio pesq stoi likelihood loglikelihood elbo silhouette purity nmi ari
+    throughput'''.split()}
+_NEUTRAL = {*'''
+    valid validation val train training test testing eval evaluation dev holdout epoch batch step running
+    total final last best min max mean average avg median sum ema smoothed root squared square absolute
+    percentage log normalized standardized relative symmetric weighted balanced macro micro samples binary
+    multiclass multilabel class label token word char character sentence image pixel top k score rate
+    index metric measure coef coefficient dim calibration edit cohen concordance rank ranking retrieval
+    structural multiscale scaleinvariant peak cosine smooth quantile pinball poisson gaussian focal triplet
+    contrastive zeroone ctc'''.split()}
 
 def _direction(name):
-    "'min' or 'max', by the words of a result's name; None if they say nothing, or different things."
-    words = [w.lower() for w in re.findall(r'[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+', name)]
-    found, top = set(), 'top' in words  # the top five: of an accuracy, or of an error
+    "'min' or 'max', if every word of a result's name is known, and all that say which agree; else None."
+    name = re.sub(r'(@|[ _-]at[ _-]?|At)(?=\d|[kK](?![A-Za-z]))', '_', name)  # recall@5
+    pattern = r'[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+'
+    words, kinds = [w.lower() for w in re.findall(pattern, name)], []
+    top, between = 'top' in words, {*re.sub(pattern, '', name)}
     while words:
-        n, kind = next(((n, kind) for n in (3, 2, 1) if (kind := _kind_of(words[:n]))), (1, None))
-        found, words = found | {kind}, words[n:]
-    found -= {None}
-    if top and not found: return 'max'
-    unclear = re.match(r'([a-z]+_)?1 *-', name) or found not in ({'min'}, {'max'})  # as in 1-accuracy
-    return None if unclear else found.pop()
+        n, kind = next(((n, kind) for n in (5, 4, 3, 2, 1) if (kind := _kind_of(words[:n]))), (1, 'unclear'))
+        kinds, words = kinds + [kind]*(kind != 'neutral'), words[n:]
+    if top and not kinds: kinds = ['max']  # the top five
+    if len(kinds) > 1 and between & {*'-/'}: return None  # a difference, or a ratio
+    if between - {*'_-/. '} or re.search(_FORMULA, name, re.I): return None
+    return kinds[0] if {*kinds} in ({'min'}, {'max'}) else None
+
+_FORMULA = r'^[-/]|[-/]$|[-/] | [-/]|(?<![a-z0-9])(?<!top[-_ ])1[-/]'  # -mse, 1-accuracy, but top-1-accuracy
 
 def _kind_of(words):
     word = ''.join(words)
-    for kind, known in (('min', _LOWER), ('max', _HIGHER), ('unclear', _UNCLEAR)):
+    for kind, known in (('min', _LOWER), ('max', _HIGHER), ('neutral', _NEUTRAL)):
         if word in known: return kind
-    if len(words) > 1 or len(word) < 5: return None
-    if word.endswith(('loss', 'error')): return 'min'
-    if word.endswith('accuracy'): return 'max'
+    if word.isdigit(): return 'neutral'
+    if len(words) > 1: return None
+    for end, kind in (('loss', 'min'), ('error', 'min'), ('accuracy', 'max'), ('acc', 'max')):
+        if word.endswith(end) and word.removesuffix(end) in _NEUTRAL: return kind
+    if len(word) < 5: return None
     near = get_close_matches(word, [w for w in _LOWER | _HIGHER if w[0] == word[0]], 1, 0.93)
     return _kind_of(near) if near else None  # misspelt: the fit will say that there is no such result
 
@@ -601,7 +661,8 @@ class Checkpoint(Monitor):
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        self.state, self.best_name, self.dls, self.planned = None, '', learn.dls, learn.n_epochs
+        self.state, self.best_name, self.planned, self.rest = None, '', learn.n_epochs, None
+        self.dls, self.n_iter = learn.dls, _n_batches(learn.dls[0])  # others may put new ones in for an epoch
         self.lrs, self.checked = [float(g['lr']) for g in learn.opt.param_groups], False
         self.signals, self.lock = _Signals(), _FolderLock(self.folder)  # new ones, for a fit within a fit
         problem = self.lock.take()
@@ -610,15 +671,16 @@ class Checkpoint(Monitor):
             raise FileExistsError(f'expected an empty folder or resume=True, found {path}')
         if path: self._go_on(learn, read_checkpoint(path), path)
         if problem and learn.epoch < learn.n_epochs: raise problem
-        for name, m in _parts(learn).items(): _check_readable({name: dict(_state(m))}, self.folder)
+        for name, m in _parts(learn).items(): _readable({name: dict(_state(m))}, self.folder)
         _clear_parts(self.folder, r'epoch\d+-batch\d+\.pt')
         self.signals.catch()
 
     def before_epoch(self, learn):
+        self.loaders = *self.dls, *learn.dls
         if self.state: self._go_on_within(learn)
-        if not self.checked: _check_readable(_state_of(learn, self.dls), self.folder)
+        if not self.checked: _readable(_state_of(learn, self.dls), self.folder)
         self.checked = True
-        self.random, self.last = get_rng_state(self.dls), getattr(learn.dls[0], 'first_batch', 0)
+        self.random, self.last = get_rng_state(self.loaders), getattr(learn.dls[0], 'first_batch', 0)
 
     def after_batch(self, learn):
         if not learn.training: return
@@ -632,7 +694,9 @@ class Checkpoint(Monitor):
         self._save(learn, learn.epoch + 1, 0)
         if self.signals.asked: self.signals.release()
 
-    def cleanup_epoch(self, learn): learn.dls = self.dls
+    def cleanup_epoch(self, learn):
+        rest, self.rest = self.rest, None
+        if rest is not None and learn.dls[0] is rest: learn.dls = rest.dl, learn.dls[1]
 
     def cleanup_fit(self, learn):
         self.lock.release()
@@ -644,8 +708,9 @@ def _file_name(epoch, done): return f'epoch{epoch:04}-batch{done:06}.pt'
 @patch
 def _save(self:Checkpoint, learn, epoch, done):
     self.last = done
-    where = dict(epoch=epoch, iter=done, ended=learn.n_epochs < self.planned, n_iter=_n_batches(learn.dls[0]),
-                 lrs=self.lrs, random=self.random)
+    where = dict(epoch=epoch, iter=done, ended=learn.n_epochs < self.planned, n_iter=self.n_iter,
+                 lrs=self.lrs, max_batches=learn.max_batches,
+                 random=self.random, now=get_rng_state(self.loaders))
     _save_state(_state_of(learn, self.dls) | dict(fit=where), self.folder/_file_name(epoch, done))
     for path in _checkpoints(self.folder)[:-self.keep]:
         if path.name != self.best_name: path.unlink(missing_ok=True)
@@ -673,10 +738,12 @@ def _go_on(self:Checkpoint, learn, state, path):
     if not where:
         raise CheckpointError(f'{path}: expected a checkpoint of a fit, found one from between two: '
                               'see load_checkpoint')
-    now, then = (self.lrs, _n_batches(learn.dls[0])), (where['lrs'], where['n_iter'])
-    if now != then:
-        raise CheckpointError(f'{path}: expected learning rates and batches an epoch {now}, as in this fit, '
-                              f'found {then}')
+    words = 'learning rates and batches an epoch', 'max_batches'
+    now = (self.lrs, self.n_iter), learn.max_batches
+    then = (where['lrs'], where['n_iter']), where.get('max_batches')
+    for word, ours, theirs in zip(words, now, then):
+        if ours == theirs: continue
+        raise CheckpointError(f'{path}: expected {word} {ours}, as in this fit, found {theirs}')
     with _all_or_nothing(learn, path):
         _restore(learn, state, path)
         if not where['iter']: _load_states(learn, state)
@@ -688,8 +755,10 @@ def _go_on(self:Checkpoint, learn, state, path):
 def _go_on_within(self:Checkpoint, learn):
     state, self.state = self.state, None
     _load_states(learn, state)
-    set_rng_state(state['fit']['random'], self.dls)
-    learn.dls = _Rest(learn.dls[0], state['fit']['iter'], state['random'], self.dls), learn.dls[1]
+    where = state['fit']
+    set_rng_state(where['random'], self.loaders)
+    self.rest = _Rest(learn.dls[0], where['iter'], where.get('now', state['random']), self.loaders)
+    learn.dls = self.rest, learn.dls[1]
 
 def _load_states(learn, state):
     device, left = next((p.device for p in learn.model.parameters()), 'cpu'), list(state['cbs'])
@@ -697,9 +766,21 @@ def _load_states(learn, state):
         found = next((pair for pair in left if pair[0] == type(cb).__name__), None)
         if found:
             left.remove(found)
-            cb.load_state_dict(to_device(found[1], device))
+            _load_state(cb, to_device(found[1], device))
     left = [name for name, _ in left]
     if left: warnings.warn(f'the checkpoint has the state of {left}, which this fit is without')
+
+def _load_state(cb, state):
+    "A dict gets the kind that it had in the callback, as `defaultdict`, since files hold plain ones alone."
+    owners = [cb, *cb.sets[True]] if isinstance(cb, Metrics) else [cb]
+    kinds = [(o, k, v) for o in owners for k, v in vars(o).items() if isinstance(v, dict)]
+    cb.load_state_dict(state)
+    for owner, name, old in kinds:
+        value = vars(owner).get(name)
+        if type(value) is not dict or type(old) is dict: continue
+        vars(owner)[name] = new = copy.copy(old)
+        new.clear()
+        new.update(value)
 
 # %% ../nbs/13_checkpoints.ipynb #130096
 def _to_json(value):
@@ -748,7 +829,7 @@ def _check_values(parts, path, later=False): # later: lazy parameters may get th
     header, extra = {'format': 'pt'}, {}
     for name, v in values.items():
         try:
-            if name not in tensors: extra[name] = _to_json(v)
+            if name not in tensors: extra[name] = _to_json(_plain_values(v))
             else: _check_tensor(v, later)
         except Exception as e:
             raise CheckpointError(f'{path}: expected tensors, and extra state of numbers, strings, lists, '
@@ -816,8 +897,7 @@ def load_weights(model, # nn.Module with the same names and shapes
     _load_parts({'model': model}, {'model': _read_parts(path)['model']}, path)
 
 def _load_parts(parts, found, path):
-    fitting = _fitting(parts, found, path)
-    with _kept(parts, path): _load_into(parts, fitting)
+    with _kept(parts, path): _load_into(parts, _fitting(parts, found, path))
 
 # %% ../nbs/13_checkpoints.ipynb #130099
 @patch
@@ -860,7 +940,12 @@ class SaveBest(Monitor):
         if self.improved(learn): _save_parts(_parts(learn), self.path)
 
     def after_fit(self, learn):
-        if self.best > -math.inf: _load_parts(_parts(learn), _read_parts(self.path), self.path)
+        if self.best == -math.inf: return
+        found = _read_parts(self.path)
+        try: _load_parts(_parts(learn), found, self.path)
+        except CheckpointError as e:  # layers were changed after the best epoch
+            warnings.warn(f'{e}; the model stays as the last epoch left it')
+            self.looking = False
 
     def cleanup_fit(self, learn):
         looking, self.looking = self.looking, False

@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'OPTIMIZERS', 'SCHEDULES', 'RUN_FORMAT', 'Settings', 'make_
            'load_run', 'read_metrics', 'list_runs', 'compare_runs', 'plot_runs', 'exp_runs']
 
 # %% ../nbs/14_experiments.ipynb #140004
-import argparse, csv, errno, json, math, numbers, os, platform, shlex, sys, time
+import argparse, csv, errno, json, math, numbers, os, platform, shlex, sys, time, warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import InitVar, asdict, dataclass, field, fields
 from functools import partial
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 import exp
 from .nb_00 import default_device, say, set_seed, show_image
-from .nb_01 import MIRRORS, get_data, get_test_data
+from .nb_01 import MIRRORS, get_data, get_test_data, read_idx
 from .nb_02 import Model
 from .nb_03 import accuracy
 from .nb_04 import DataLoader, Dataset, get_dls, most_wrong
@@ -124,10 +124,28 @@ def make_learner(settings:Settings) -> Learner:
     _check_choices(settings)
     device = _device(settings.device)
     parts = [t.to(device) for t in get_data(settings.dataset, settings.data_dir)]
+    _check_data('training', *parts[:2], settings)
+    _check_data('validation', *parts[2:], settings)
     set_seed(settings.seed)
-    model = MODELS[settings.model](parts[0].shape[1], settings.hidden, 10).to(device)
-    dls = get_dls(Dataset(*parts[:2]), Dataset(*parts[2:]), settings.bs, settings.seed)
-    return Learner(model, dls, opt_func=OPTIMIZERS[settings.opt][0], lr=settings.lr, metrics=accuracy)
+    learn = _learner(settings, parts[0].shape[1], device)
+    learn.dls = get_dls(Dataset(*parts[:2]), Dataset(*parts[2:]), settings.bs, settings.seed)
+    return learn
+
+def _learner(settings, n_in, device): # without data
+    model = MODELS[settings.model](n_in, settings.hidden, 10).to(device)
+    opt_func = OPTIMIZERS[settings.opt][0]
+    return Learner(model, (None, None), opt_func=opt_func, lr=settings.lr, metrics=accuracy)
+
+def _check_data(name, x, y, settings, n_in=None): # n_in: pixels that the model takes; None: any number
+    "Raise `ValueError` unless a model of ten classes can be trained or tested with these images and labels."
+    place = settings.data_dir or settings.dataset
+    if not x.numel(): raise ValueError(f'{place}: expected {name} images, found shape {tuple(x.shape)}')
+    if n_in and x.shape[1] != n_in:
+        raise ValueError(f'{place}: expected {name} images of {n_in} pixels, as for training, '
+                         f'found {x.shape[1]}')
+    least, most = y.min().item(), y.max().item()
+    if least < 0 or most > 9:
+        raise ValueError(f'{place}: expected {name} labels from 0 to 9, found {least} to {most}')
 
 # %% ../nbs/14_experiments.ipynb #140019
 RUN_FORMAT = 'exp run, 1'
@@ -235,12 +253,22 @@ def _draw_curves(recorder, path):
     recorder.plot_lr(lr).set_title('Learning rate')
     _save_figure(fig, path)
 
-def _draw_mistakes(model, x, y, path):
+def _image_shape(config, n):
+    "Rows and columns of the test images, which have n pixels."
+    if not config.data_dir: return 28, n//28
+    for path in sorted(Path(config.data_dir).expanduser().iterdir()):
+        if not path.name.lower().startswith('t10k') or 'images' not in path.name.lower(): continue
+        with suppress(ValueError, OSError):
+            shape = tuple(read_idx(path).shape[1:])
+            if math.prod(shape) == n: return shape
+    return 1, n
+
+def _draw_mistakes(model, x, y, shape, path):
     fig, axs = _figure(2, 6, figsize=(9, 3.4))
     fig.suptitle('Most confidently wrong: label, prediction, confidence')
     for ax in axs.flat: ax.set_axis_off()
     for ax, i, c, p in zip(axs.flat, *most_wrong(model.eval(), x, y)):
-        show_image(x[i].view(28, 28), ax, f'{y[i]} as {c}\n{p:.1%}')
+        show_image(x[i].view(shape), ax, f'{y[i]} as {c}\n{p:.1%}')
     _save_figure(fig, path)
 
 # %% ../nbs/14_experiments.ipynb #140028
@@ -256,13 +284,17 @@ def exp_train(resume:str=None, # a run to go on with: its folder, or its name in
     folder = resume and _find_run(resume, out)
     config = read_settings(folder) if resume else Settings(**settings)
     if resume: _check_here(config)
+    elif config.data_dir: config.data_dir = str(Path(config.data_dir).expanduser().resolve())
     with _one_thread():
         learn = make_learner(config)
+        n_in = learn.dls[0].ds.x.shape[1]
+        test = [t.to(_device(config.device)) for t in get_test_data(config.dataset, config.data_dir)]
+        _check_data('test', *test, config, n_in)
         if not resume:
             folder = _new_folder(config.name, out)
-            about = dict(format=RUN_FORMAT, settings=asdict(config), versions=_versions())
+            about = dict(format=RUN_FORMAT, settings=asdict(config), versions=_versions(), n_in=n_in)
             _write_json(about, folder/'config.json')
-        _train(learn, config, folder)
+        _train(learn, config, folder, *test)
     return folder
 
 @contextmanager
@@ -273,7 +305,7 @@ def _one_thread():  # faster than two for models as small as these
     finally: torch.set_num_threads(threads)
 
 # %% ../nbs/14_experiments.ipynb #140029
-def _train(learn, config, folder):
+def _train(learn, config, folder, x, y):
     log = _Log(folder)
     learn.cbs = [log if isinstance(cb, Progress) else cb for cb in learn.cbs]
     cbs = [Scheduler(lr=SCHEDULES[config.sched](config.lr)), SaveBest(folder/'model.safetensors', 'accuracy'),
@@ -283,13 +315,12 @@ def _train(learn, config, folder):
     except KeyboardInterrupt:
         log.say(f'interrupted; to go on: exp_train --resume {shlex.quote(str(folder))}')
         raise
-    x, y = (t.to(_device(config.device)) for t in get_test_data(config.dataset, config.data_dir))
     acc = learn.validate(DataLoader(Dataset(x, y), 512))['accuracy']
     seconds = sum(row['seconds'] for row in learn.recorder.epochs)
     if log.owed: learn.recorder.to_csv(folder/'metrics.csv')
     _write_json(dict(test_accuracy=acc, seconds=seconds), folder/'results.json')
     _draw_curves(learn.recorder, folder/'curves.png')
-    _draw_mistakes(learn.model, x, y, folder/'mistakes.png')
+    _draw_mistakes(learn.model, x, y, _image_shape(config, x.shape[1]), folder/'mistakes.png')
     log.say(f'test accuracy: {acc:.2%} of {len(y):,} images, after {seconds:.1f} s')
     log.say(f'run: {folder}')
 
@@ -337,14 +368,21 @@ def read_settings(folder) -> Settings: # of a run
 def load_run(run, # folder of a run, or its name in `out`
              out:str='runs', # where the folders of runs are
              device=None, # to put it on; None: where it was trained if that is there, else what is
+             data_dir=None, # folder with the four files of the dataset; None: where they were
             ) -> Learner: # with the weights of its best epoch
-    "A Learner as the run made it, trained, perhaps on another machine."
+    "A Learner as the run made it, trained, perhaps on another machine; warns if the data aren't there."
     folder = _find_run(run, out)
     settings, weights = read_settings(folder), folder/'model.safetensors'
     if not weights.is_file():
         raise ValueError(f'{weights}: expected the weights of the best epoch, found none: no epoch yet?')
     settings.device = _device_there(settings.device) if device is None else str(device)
-    learn = make_learner(settings)
+    if data_dir is not None: settings.data_dir = str(data_dir)
+    try: learn = make_learner(settings)
+    except OSError as e:
+        if data_dir is not None: raise
+        warnings.warn(f'{folder}: a Learner without data, which are no longer where they were: {e}')
+        n_in = _read_json(folder/'config.json').get('n_in', 784)
+        learn = _learner(settings, n_in, _device(settings.device))
     load_weights(learn.model, weights)
     return learn
 
@@ -428,10 +466,14 @@ def plot_runs(*runs, # folders of runs, or their names in `out`; at least one
     fig, axs = _figure(1, 2, figsize=(10, 3.2))
     for ax, key, label in zip(axs, ('valid_loss', 'accuracy'), ('validation loss', 'validation accuracy')):
         for folder, rows in zip(folders, epochs):
-            _plot_epochs(ax, rows, key, ms=3, label=folder.name.replace('$', r'\$'))  # no formula
+            _plot_epochs(ax, rows, key, ms=3, label=_drawn(folder.name))
         ax.set(ylabel=label, title=f'{label.capitalize()}, run by run')
     axs[1].legend(fontsize=7)
     return fig
+
+def _drawn(name):
+    "A name in letters that a picture can have: no bytes of another alphabet, and no formula."
+    return name.encode('utf-8', 'backslashreplace').decode().replace('$', r'\$')
 
 def _epochs_of(folder):
     rows, needed = read_metrics(folder), ['epoch', 'valid_loss', 'accuracy']
@@ -458,6 +500,8 @@ def _run_command(name, command):
     "Run it for the shell: an error is one line."
     try: command()
     except (ValueError, OSError, ArithmeticError) as e: sys.exit(f'{name}: {e}')
+    except (RuntimeError, MemoryError, TypeError, LookupError) as e:  # say, of sizes that no memory has
+        sys.exit(f'{name}: {type(e).__name__}: {str(e).strip().partition(chr(10))[0]}')
     except KeyboardInterrupt: sys.exit(130)
 
 # %% ../nbs/14_experiments.ipynb #140053

@@ -1,16 +1,17 @@
 "Files in other people's hands: wrapped models, extra state, losses with weights, several processes, names of results."
 import copy, os, signal, socket, subprocess, sys, time
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from exp.nb_00 import set_seed
 from exp.nb_03 import accuracy
 from exp.nb_04 import DataLoader, Dataset
-from exp.nb_10 import Callback, CancelFit, Learner
+from exp.nb_10 import Callback, CancelFit, Learner, Metric, Metrics
 from exp.nb_11 import get_rng_state
 from exp.nb_12 import EMA, AdamW
 from exp.nb_13 import (Checkpoint, CheckpointError, EarlyStopping, Monitor, SaveBest, _checkpoints, atomic_write, last_checkpoint,
@@ -658,3 +659,230 @@ def test_a_checkpoint_of_a_machine_with_more_devices(tmp_path):
     near.fit(1)
     far.load(tmp_path/'far.pt').fit(1)
     assert torch.equal(far.recorder.losses, near.recorder.losses)
+
+
+# Others who change the loaders, and numbers of theirs
+
+def small_dls(n, bs=4, seed=3):
+    g = torch.Generator().manual_seed(1)
+    ds = Dataset(torch.randn(n, 4, generator=g), torch.randint(3, (n,), generator=g))
+    return DataLoader(ds, bs, shuffle=True, seed=seed), DataLoader(ds, 20)
+
+class NewLoaders(Callback):
+    "From its epoch on, another training set; made anew, or once."
+    def __init__(self, at, anew): self.at, self.anew, self.made = at, anew, None
+    def before_epoch(self, learn):
+        if learn.epoch < self.at: return
+        if self.made is None or self.anew: self.made = small_dls(24, seed=learn.epoch)
+        learn.dls = self.made
+
+class Stop(Callback):
+    order = 200
+    def __init__(self, epoch, iter): self.at = epoch, iter
+    def after_batch(self, learn):
+        if learn.training and (learn.epoch, learn.iter) == self.at: raise KeyboardInterrupt
+
+@pytest.mark.parametrize('at, anew, stop', [(0, True, (0, 2)), (1, True, (1, 3)), (1, False, (1, 3)), (1, True, (2, 0)), (2, True, (0, 1))])
+def test_a_callback_may_change_the_loaders(at, anew, stop, tmp_path):
+    "Its change stays after the epoch, and the fit is resumed with it, with the order that its loader had."
+    seen = []
+    class See(Callback):
+        order = 300
+        def after_epoch(self, learn): seen.append(len(learn.dls[0]))
+        def cleanup_fit(self, learn): seen.append(len(learn.dls[0]))
+    whole = new_learner()
+    whole.fit(3, cbs=[NewLoaders(at, anew), See(), Checkpoint(tmp_path/'whole', every=1)])
+    assert seen == [6 if epoch >= at else 5 for epoch in (0, 1, 2, 2)]
+    with pytest.raises(KeyboardInterrupt):
+        new_learner().fit(3, cbs=[NewLoaders(at, anew), Stop(*stop), Checkpoint(tmp_path/'c', every=1)])
+    again = new_learner(7)
+    again.fit(3, cbs=[NewLoaders(at, anew), Checkpoint(tmp_path/'c', every=1, resume=True)])
+    assert torch.equal(again.recorder.losses, whole.recorder.losses) and same(again.model.state_dict(), whole.model.state_dict())
+
+def test_a_pass_within_a_resumed_epoch_goes_over_all_batches(tmp_path):
+    class Passes(Callback):
+        def __init__(self): self.rows = []
+        def after_batch(self, learn):
+            if learn.fitting and learn.training: self.rows.append(len(learn.get_preds(learn.dls[0])[0]))
+    with pytest.raises(KeyboardInterrupt): new_learner().fit(1, cbs=[Stop(0, 2), Checkpoint(tmp_path, every=1)])
+    passes = Passes()
+    new_learner().fit(1, cbs=[passes, Checkpoint(tmp_path, resume=True)])
+    assert passes.rows == [40, 40]
+
+@pytest.mark.parametrize('before, after', [(2, None), (None, 2), (2, 3)])
+def test_a_quick_look_is_no_epoch_of_another_fit(before, after, tmp_path):
+    new_learner().fit(1, cbs=Checkpoint(tmp_path), max_batches=before)
+    with pytest.raises(CheckpointError, match=f'expected max_batches {after}, as in this fit, found {before}'):
+        new_learner().fit(2, cbs=Checkpoint(tmp_path, resume=True), max_batches=after)
+    again = new_learner()
+    again.fit(2, cbs=Checkpoint(tmp_path, resume=True), max_batches=before)
+    assert len(again.recorder.losses) == 2*(before or 5)
+
+def test_a_checkpoint_is_not_loaded_within_a_fit(tmp_path):
+    "The record of the fit stays; weights may be loaded."
+    new_learner(5).save(tmp_path/'a.pt'), new_learner(5).save(tmp_path/'a.safetensors')
+    class Load(Callback):
+        def after_epoch(self, learn):
+            for load in (learn.load, partial(load_checkpoint, learn)):
+                before, record, results = clone(learn.model.state_dict()), learn.recorder, learn.results
+                with pytest.raises(CheckpointError, match='a.pt: expected a Learner between two fits, found one within'): load(tmp_path/'a.pt')
+                assert same(clone(learn.model.state_dict()), before) and learn.recorder is record and learn.results is results
+            learn.load(tmp_path/'a.safetensors')
+            assert same(learn.model.state_dict(), new_learner(5).model.state_dict())
+    learn = new_learner()
+    learn.fit(2, cbs=Load())
+    assert len(learn.recorder.epochs) == 2
+    learn.load(tmp_path/'a.pt')
+
+class Numbers(Callback):
+    "Keeps numbers of numpy's, in dicts of all kinds."
+    saved = ('count', 'sums', 'flag', 'seen')
+    def before_fit(self, learn): self.count, self.sums, self.flag, self.seen = np.int64(0), defaultdict(float), np.bool_(False), Counter()
+    def after_step(self, learn):
+        learn.opt.param_groups[0]['lr'] = np.float64(0.01)/(1 + int(self.count)//3)
+        self.count += 1
+        self.sums[np.int64(learn.epoch)] += np.float32(0.5)
+        self.flag, self.seen = np.bool_(True), self.seen + Counter([learn.iter])
+
+class Sum(Metric):
+    def __init__(self): super().__init__(accuracy, 'sum')
+    def reset(self): super().reset(); self.rows_seen = defaultdict(int)
+    def update(self, pred, target):
+        super().update(pred, target)
+        self.rows_seen['all'] += np.float64(len(target))
+
+@pytest.mark.parametrize('stop', [(0, 3), (1, 2)])
+def test_numbers_of_numpy_and_other_dicts_are_saved(stop, tmp_path):
+    def learner(seed):
+        learn = new_learner(seed, cbs=Metrics(train=True))
+        learn.metrics = [Sum()]
+        return learn
+    whole, numbers = learner(0), Numbers()
+    whole.fit(2, cbs=[numbers, Checkpoint(tmp_path/'whole', every=1)])
+    with pytest.raises(KeyboardInterrupt): learner(0).fit(2, cbs=[Numbers(), Stop(*stop), Checkpoint(tmp_path/'c', every=1)])
+    again, others = learner(7), Numbers()
+    again.fit(2, cbs=[others, Checkpoint(tmp_path/'c', every=1, resume=True)])
+    assert torch.equal(again.recorder.losses, whole.recorder.losses) and again.recorder.lrs == whole.recorder.lrs
+    assert (others.count, others.sums, others.flag, others.seen) == (numbers.count, numbers.sums, numbers.flag, numbers.seen)
+    assert type(others.sums) is defaultdict and type(others.seen) is Counter and others.sums == {0: 2.5, 1: 2.5}
+    state = read_checkpoint(tmp_path/'c'/'epoch0002-batch000000.pt')
+    assert type(dict(state['cbs'])['Numbers']['count']) is int and type(state['opt']['state']['param_groups'][0]['lr']) is float
+    save_weights(Extra(np.float32(0.5)), tmp_path/'a')  # the same in a file of weights
+    load_weights(other := Extra(), tmp_path/'a')
+    assert other.value == 0.5 and type(other.value) is float
+
+Point = namedtuple('Point', 'x y')
+
+def test_sums_of_a_validation_need_not_be_saved(tmp_path):
+    class Odd(Metric):
+        def update(self, pred, target):
+            super().update(pred, target)
+            self.last = Point(1, 2)
+    learn = new_learner()
+    learn.metrics = [Odd(accuracy, 'odd')]
+    learn.fit(2, cbs=Checkpoint(tmp_path, every=2))
+    again = new_learner()
+    again.metrics = [Odd(accuracy, 'odd')]
+    again.fit(3, cbs=Checkpoint(tmp_path, resume=True))
+    assert len(again.recorder.epochs) == 3
+
+
+@pytest.mark.parametrize('name', '''d2_absolute_error_score d2_log_loss_score DeepImageStructureAndTextureSimilarity error_reduction loss_reduction mae_improvement
+    mse_skill_score -mse error_free_rate error_detection_rate cost_savings non_error nonerror noloss sensitivity_at_fpr precision_at_fpr SpecificityAtSensitivity
+    RecallAtFixedPrecision loss_gain 1/mse train_loss/valid_loss loss-valid_loss Δloss !loss нет_loss time_to_error loss_weight loss_scale error- lossless
+    unaccuracy explained_error mean_time_between_errors'''.split() + ['1 - accuracy', 'loss - valid_loss', '- mse'])
+def test_one_more_word_may_turn_a_name_round(name):
+    with pytest.raises(ValueError, match="expected mode='min'"): Monitor(name)
+    assert Monitor(name, mode='max').mode == 'max'
+
+def test_names_of_known_words_alone():
+    lower = 'val/loss train-loss test.loss valloss loss_0 valid_loss_epoch max_error median_absolute_error zero_one_loss CTCLoss MeanSquaredLogError'
+    higher = '''recall@5 precision_at_k precision_at_10 RecallAt5 top-1-accuracy top1_acc acc@1 mAP@50 mAP_0.5 f1_macro roc_auc_score average-precision
+        win_rate SignalNoiseRatio CosineSimilarity testacc'''
+    assert {Monitor(name).mode for name in lower.split()} == {'min'} and {Monitor(name).mode for name in higher.split()} == {'max'}
+
+
+# Files that torch and safetensors load
+
+class Tied(nn.Module):
+    def __init__(self, how='parameter'):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False)
+        if how == 'parameter': self.head.weight = self.embed.weight
+        if how == 'data': self.head.weight.data = self.embed.weight.data
+
+@pytest.mark.parametrize('how', ['parameter', 'data'])
+@pytest.mark.parametrize('gone', ['embed.weight', 'head.weight'])
+def test_two_names_of_one_tensor(how, gone, tmp_path):
+    from safetensors.torch import save_file, save_model
+    set_seed(1)
+    one = Tied(how)
+    save_file({k: v.clone() for k, v in one.state_dict().items() if k != gone}, tmp_path/'a')
+    save_model(one, str(tmp_path/'b'))
+    torch.save({k: v for k, v in one.state_dict().items() if k != gone}, tmp_path/'c')
+    for name in 'abc':
+        for wrap in (lambda m: m, nn.DataParallel):
+            two = wrap(Tied(how))
+            load_weights(two, tmp_path/name)
+            assert same([*two.state_dict().values()], [*one.state_dict().values()])
+        alone = Tied('not')
+        before = clone(alone.state_dict())
+        with pytest.raises(CheckpointError, match=r'made by another model: expected (embed|head).weight \(4, 4\), found none'):
+            load_weights(alone, tmp_path/name)
+        assert same(clone(alone.state_dict()), before)
+
+def test_batch_norm_without_its_counter(tmp_path):
+    from safetensors.torch import save_file
+    one = net()
+    one(torch.randn(9, 4))
+    state = {k: v for k, v in one.state_dict().items() if 'num_batches' not in k}
+    save_file(state, tmp_path/'a'), torch.save(state, tmp_path/'b')
+    for name in 'ab':
+        two = net()
+        load_weights(two, tmp_path/name)
+        assert torch.equal(two[1].running_mean, one[1].running_mean) and torch.equal(two[0].weight, one[0].weight)
+    save_file({k: v for k, v in one.state_dict().items() if 'running_mean' not in k}, tmp_path/'c')
+    with pytest.raises(CheckpointError, match=r'expected 1.running_mean \(8,\), found none'): load_weights(two, tmp_path/'c')
+
+class Renamed(nn.Module):
+    "Knows its old names, and that its weight was flat."
+    def __init__(self):
+        super().__init__()
+        self.new = nn.Linear(4, 3)
+        self.register_load_state_dict_pre_hook(self.rename)
+    @staticmethod
+    def rename(module, state, prefix, *args):
+        if f'{prefix}old' in state: state[f'{prefix}new.weight'] = state.pop(f'{prefix}old').reshape(3, 4)
+
+@pytest.mark.parametrize('wrap', [lambda m: m, nn.DataParallel, lambda m: nn.Sequential(nn.BatchNorm1d(4), m)])
+def test_a_module_that_knows_its_old_names(wrap, tmp_path):
+    from safetensors.torch import save_file
+    one = wrap(Renamed())
+    plain = one.module if isinstance(one, nn.DataParallel) else one
+    old = {k.replace('new.weight', 'old'): v.flatten() if 'new.weight' in k else v for k, v in plain.state_dict().items()}
+    save_file(old, tmp_path/'a'), torch.save(old, tmp_path/'b')
+    for name in 'ab':
+        two = wrap(Renamed())
+        load_weights(two, tmp_path/name)
+        assert same(two.state_dict(), one.state_dict())
+    save_file(old | {'more': torch.ones(1)}, tmp_path/'c')
+    before = clone(two.state_dict())
+    for other in (two, wrap(nn.Linear(4, 3))):
+        with pytest.raises(CheckpointError, match='made by another model'): load_weights(other, tmp_path/'c')
+    assert same(clone(two.state_dict()), before)
+
+
+def test_a_model_that_was_changed_after_its_best_epoch(tmp_path):
+    "The fit ends well; a warning says why the model stays as it is."
+    class Prune(Callback):
+        def before_epoch(self, learn):
+            if learn.epoch == 2: prune.l1_unstructured(learn.model[0], 'weight', 0.5)
+    class Last(Callback):
+        def after_epoch(self, learn): self.weights = clone(learn.model.state_dict())
+    for end in ([], [End(2)]):
+        learn, last = new_learner(), Last()
+        with pytest.warns(UserWarning, match='made by another model.*the model stays as the last epoch left it') as caught:
+            learn.fit(3, cbs=[Prune(), Results(valid_loss=[2., 1., 3.]), SaveBest(tmp_path/'a'), last, *end])
+        assert len(caught) == 1 and '0.weight_mask' in last.weights and same(clone(learn.model.state_dict()), last.weights)
+    learn = new_learner()
+    learn.fit(3, cbs=[Prune(), Results(valid_loss=[3., 2., 1.]), SaveBest(tmp_path/'a')])  # the best one is a pruned one

@@ -1,5 +1,5 @@
 "Folders of runs as they are after a year: odd runs among good ones, runs from other machines, full disks, readers that have gone."
-import json, os, shutil, signal, subprocess, sys
+import json, os, shutil, signal, struct, subprocess, sys
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
@@ -306,3 +306,86 @@ def test_screens_of_all_kinds(good, tmp_path):
     assert done.returncode == 0 and len(done.stderr.splitlines()) == 1 and b'20320101-000000-' in done.stderr
     done = shell(tmp_path, 'exp_runs ничто', **ascii)
     assert done.returncode == 1 and b'Traceback' not in done.stderr
+
+
+# Data of one's own, and what does not fit
+
+def write_data(folder, n=10_100, shape=(8, 8), classes=10, least=0, test_shape=None, parts=('train', 't10k'), test_labels=None):
+    "The four files, unpacked: images that show their label."
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for part, rows, (h, w) in (('train', n, shape), ('t10k', 60, test_shape or shape)):
+        if part not in parts: continue
+        y = (rng.integers(0, classes, rows) + least).astype(np.uint8)
+        if part == 't10k' and test_labels is not None: y[:] = test_labels
+        x = rng.integers(0, 90, (rows, h*w)).astype(np.uint8)
+        if h*w: x[np.arange(rows), y.astype(int) % (h*w)] = 255
+        header = struct.pack('>4B3I', 0, 0, 8, 3, rows, h, w)
+        (folder/f'{part}-images-idx3-ubyte').write_bytes(header + x.tobytes())
+        (folder/f'{part}-labels-idx1-ubyte').write_bytes(struct.pack('>4BI', 0, 0, 8, 1, rows) + y.tobytes())
+    return folder
+
+QUICK = dict(epochs=1, model='linear', bs=100)
+
+@pytest.mark.parametrize('shape', [(8, 8), (4, 8), (16, 4), (28, 28), (1, 7)], ids=str)
+def test_images_of_any_size(shape, tmp_path, monkeypatch):
+    "Trained, tested, and their mistakes drawn as they are."
+    monkeypatch.chdir(tmp_path)
+    drawn, show = [], nb_14.show_image
+    monkeypatch.setattr(nb_14, 'show_image', lambda im, *args: (drawn.append(tuple(im.shape)), show(im, *args)))
+    folder = exp_train(data_dir=write_data(tmp_path/'data', shape=shape), **QUICK | dict(lr=1e-6))
+    assert {*drawn} == {shape} and (folder/'mistakes.png').read_bytes().startswith(b'\x89PNG')
+    assert load_run(folder).model.weight.shape == (10, shape[0]*shape[1])
+
+UNFIT = {'no test files': (dict(parts=['train']), 'expected t10k-images'), 'test images of another size': (dict(test_shape=(4, 8)), 'test images of 64 pixels, .*found 32'),
+         'labels up to 11': (dict(classes=12), 'training labels from 0 to 9, found 0 to 11'), 'labels from 1': (dict(least=1), 'labels from 0 to 9, found 1 to 10'),
+         'a test label': (dict(test_labels=26), 'test labels from 0 to 9, found 26 to 26'), 'no pixels': (dict(shape=(0, 8)), 'training images, found shape')}
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('options, words', UNFIT.values(), ids=UNFIT)
+def test_data_that_do_not_fit_are_told_before_the_training(options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = write_data(tmp_path/'data', **options)
+    def train(*args): raise AssertionError('it began')
+    monkeypatch.setattr(nb_14, '_train', train)
+    with pytest.raises((ValueError, OSError), match=words): exp_train(data_dir=data, **QUICK)
+    assert not Path('runs').exists()
+    with pytest.raises(SystemExit, match=words): nb_14._exp_train_command(['--data-dir', str(data)])
+
+def test_a_run_whose_data_are_elsewhere(tmp_path, monkeypatch):
+    "The folder is stored in full; without it there are the weights, with another the whole run."
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path/'data')
+    run = exp_train(data_dir='data', **QUICK).absolute()
+    (tmp_path/'other').mkdir()
+    monkeypatch.chdir(tmp_path/'other')
+    assert read_settings(run).data_dir == str((tmp_path/'data').resolve())
+    best = load_run(run).validate()
+    (tmp_path/'data').rename(tmp_path/'moved')
+    with pytest.warns(UserWarning, match='without data.*data: expected train-images'): learn = load_run(run)
+    x = torch.rand(5, 64)
+    again = load_run(run, data_dir='../moved')
+    assert again.validate() == best and torch.equal(again.model(x), learn.model(x)) and learn.predict(x).shape == (5, 10)
+    with pytest.raises(ValueError, match='expected data'): learn.validate()
+    with pytest.raises(OSError, match='nowhere'): load_run(run, data_dir='nowhere')
+    with pytest.raises(OSError, match='data'): exp_train(resume=run)
+
+@pytest.mark.parametrize('size', [10**11, 10**18, 10**40])
+def test_sizes_that_no_memory_has_are_one_line(size, small):
+    with pytest.raises(SystemExit) as error: nb_14._exp_train_command(['--hidden', str(size)])
+    assert str(error.value).startswith('exp_train: ') and len(str(error.value).splitlines()) == 1 and not Path('runs').exists()
+
+@pytest.mark.parametrize('error', [RuntimeError, IndexError, TypeError, KeyError, MemoryError, NotImplementedError])
+def test_errors_of_commands_are_one_line(error):
+    def command(): raise error('first\nsecond')
+    with pytest.raises(SystemExit, match=f'exp_runs: {error.__name__}: .*first') as said: nb_14._run_command('exp_runs', command)
+    assert len(str(said.value).splitlines()) == 1
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='names of folders are bytes there')
+def test_a_name_with_bytes_of_another_alphabet_is_drawn(good, capsys):
+    first, second = good
+    os.rename(os.fsencode(first), os.fsencode(first) + b'-\xff\xe9')
+    exp_runs(plot='all.png')
+    assert Path('all.png').read_bytes().startswith(b'\x89PNG')
+    labels = [text.get_text() for text in plot_runs(*sorted(Path('runs').iterdir())).axes[1].get_legend().get_texts()]
+    assert any(r'-\udcff\udce9' in label for label in labels)
