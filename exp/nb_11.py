@@ -233,7 +233,7 @@ def _steepest(lrs, losses):
 
 def _valley(lrs, losses):
     "Halfway down the longest falling subsequence."
-    length, before = [1]*len(losses), [None]*len(losses)
+    length, before = [1]*len(losses), [None]*len(losses)  # of the longest that ends at i; the one before i
     for i, loss in enumerate(losses):
         for j in range(i):
             if losses[j] > loss and length[j] >= length[i]: length[i], before[i] = length[j] + 1, j
@@ -250,6 +250,37 @@ def _falls(raw, losses):
     start, end = raw[:10], raw[max(0, low - 9):low + 1]
     noise = statistics.pstdev(b - a for a, b in zip(raw[:low], raw[1:low + 1]))/math.sqrt(2)
     return statistics.fmean(start) - statistics.fmean(end) > 3*noise*math.sqrt(1/len(start) + 1/len(end))
+
+# %% ../nbs/11_schedules.ipynb #110050
+def _generators(dls):
+    "The random generators of loaders and their samplers, ours and torch's."
+    owners = [o for dl in dls for o in (dl, getattr(dl, 'sampler', None))]
+    found = [g for o in owners if isinstance(g := getattr(o, 'generator', None), torch.Generator)]
+    return list({id(g): g for g in found}.values())
+
+def get_rng_state(dls=() # loaders whose own generators to include
+                 ) -> dict: # of numbers, tuples and tensors
+    "The state of all random generators: Python, numpy, torch, every CUDA device, MPS, the loaders."
+    kind, keys, *rest = np.random.get_state()
+    state = dict(python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+                 torch=torch.get_rng_state(), loaders=[g.get_state() for g in _generators(dls)])
+    if torch.cuda.is_available(): state['cuda'] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available(): state['mps'] = torch.mps.get_rng_state()
+    return state
+
+def set_rng_state(state:dict, # from `get_rng_state`
+                  dls=()): # the loaders, in the same order
+    "Put all random generators into a state they were in before; raises `ValueError` for other loaders."
+    generators = _generators(dls)
+    if len(generators) != len(state['loaders']):
+        raise ValueError(f'expected loaders with {len(state["loaders"])} generators, got {len(generators)}')
+    random.setstate(state['python'])
+    kind, keys, *rest = state['numpy']
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state['torch'])
+    for g, s in zip(generators, state['loaders']): g.set_state(s)
+    if 'cuda' in state and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
+    if 'mps' in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(state['mps'])
 
 # %% ../nbs/11_schedules.ipynb #110057
 @patch
@@ -302,38 +333,7 @@ def _plot_sweep(sweep, found):
         if lr is None: continue
         loss = sweep.losses[sweep.lrs.index(lr)]
         ax.plot(lr, loss, 'o', color=COLORS[color])
-        ax.annotate(f'{name}: {lr:.2g}', (lr, loss), xytext=(-70, up), textcoords='offset points',
+        ax.annotate(f'{name}: {lr:.2g}', (lr, loss), xytext=(-78, up), textcoords='offset points',
                     color=COLORS[color])
     ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='smoothed loss')
     ax.set_ylim(low - 0.1*(first - low), max(first + 0.2*(first - low), first + 1e-3*abs(first)))
-
-# %% ../nbs/11_schedules.ipynb #110050
-def _generators(dls):
-    "The random generators of loaders and their samplers, ours and torch's."
-    owners = [o for dl in dls for o in (dl, getattr(dl, 'sampler', None))]
-    found = [g for o in owners if isinstance(g := getattr(o, 'generator', None), torch.Generator)]
-    return list({id(g): g for g in found}.values())
-
-def get_rng_state(dls=() # loaders whose own generators to include
-                 ) -> dict: # of numbers, tuples and tensors
-    "The state of all random generators: Python, numpy, torch, every CUDA device, MPS, the loaders."
-    kind, keys, *rest = np.random.get_state()
-    state = dict(python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest),
-                 torch=torch.get_rng_state(), loaders=[g.get_state() for g in _generators(dls)])
-    if torch.cuda.is_available(): state['cuda'] = torch.cuda.get_rng_state_all()
-    if torch.backends.mps.is_available(): state['mps'] = torch.mps.get_rng_state()
-    return state
-
-def set_rng_state(state:dict, # from `get_rng_state`
-                  dls=()): # the loaders, in the same order
-    "Put all random generators into a state they were in before; raises `ValueError` for other loaders."
-    generators = _generators(dls)
-    if len(generators) != len(state['loaders']):
-        raise ValueError(f'expected loaders with {len(state["loaders"])} generators, got {len(generators)}')
-    random.setstate(state['python'])
-    kind, keys, *rest = state['numpy']
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state['torch'])
-    for g, s in zip(generators, state['loaders']): g.set_state(s)
-    if 'cuda' in state and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
-    if 'mps' in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(state['mps'])
