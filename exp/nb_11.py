@@ -297,7 +297,7 @@ def lr_find(self:Learner,
     sweep = _Sweep(sched_exp(start, end), whole_number(steps, 'steps', 10), diverged)
     if self.opt is not None: self.ready_opt()  # takes in what is new before anything is kept
     rng = get_rng_state(self.dls)
-    if any(map(nn.parameter.is_lazy, self.model.parameters())): self.get_preds(islice(self.dls[0], 1))  # shapes it
+    if any(map(nn.parameter.is_lazy, self.model.parameters())): self.get_preds(islice(self.dls[0], 1))
     kept, states = (self.dls, self.cbs, self.opt), [copy.deepcopy(m.state_dict()) for m in self.modules]
     buffers = [(b, b.clone()) for m in self.modules for b in m.buffers()]  # also those that no state_dict has
     opt = self.opt and copy.deepcopy(self.opt.state_dict())
@@ -314,11 +314,12 @@ def lr_find(self:Learner,
     if plot: _plot_sweep(sweep, found)
     return found
 
+# %% ../nbs/11_schedules.ipynb #110385
 def _suggest(sweep):
     "Read the curve; raises `ValueError` for one that is too short, and warns if it never falls."
     lrs, losses = sweep.lrs, sweep.losses
     if len(lrs) < 10:
-        raise ValueError(f'expected 10 losses to see a slope, got {len(lrs)} before it exploded: lower start?')
+        raise ValueError(f'expected 10 losses to see a slope, got {len(lrs)} before it blew up: lower start?')
     if _falls(sweep.raw, losses): return SuggestedLRs(_valley(lrs, losses), _steepest(lrs, losses))
     warnings.warn(f'the loss fell at no rate from {lrs[0]:g} to {lrs[-1]:g}: no rate can be suggested')
     return SuggestedLRs(None, None)
