@@ -13,7 +13,7 @@ from torch import Tensor
 def log_softmax(x:Tensor, # scores, any shape, floating point
                 dim:int=-1, # of the classes
                ) -> Tensor: # the shape of `x`
-    "Logarithm of the softmax along `dim`, without overflow and without loss of digits."
+    "Logarithm of the softmax along `dim`, without overflow."
     x = x - x.detach().amax(dim, keepdim=True)
     return x - x.exp().sum(dim, keepdim=True).log()
 
