@@ -911,7 +911,7 @@ class _Bar(_Lines):
         if self.bar is None or self.bar.n > learn.iter:
             self.close()
             self.bar = tqdm(total=learn.n_iter, desc=f'epoch {learn.epoch}', leave=False, mininterval=0)
-        self.bar.set_postfix(loss=f'{learn.loss.item():.4f}', refresh=False)
+        self.bar.set_postfix(loss=f'{float(learn.loss):.4f}', refresh=False)
         self.bar.update(learn.iter + 1 - self.bar.n)
 
     def close(self):
@@ -929,7 +929,8 @@ class _Table(_Lines):
     def update(self, learn):
         done, total = learn.iter + 1, learn.n_iter
         bar = f'<progress value="{done}" max="{total}"></progress> ' if total else ''
-        self.draw(f'{bar}epoch {learn.epoch}, batch {done}{f" of {total}" if total else ""}, loss {learn.loss.item():.4f}')
+        of = f' of {total}' if total else ''
+        self.draw(f'{bar}epoch {learn.epoch}, batch {done}{of}, loss {float(learn.loss):.4f}')
 
     def row(self, row):
         self.rows.append(row)
@@ -971,7 +972,7 @@ class Progress(Callback):
         now = time.perf_counter()
         if now < self.next: return
         self.next = now + self.every
-        learn.loss.item()  # an error of the device is no error of the screen
+        float(learn.loss)  # an error of the device is no error of the screen
         self.show(self.screen.update, learn)
 
     def after_epoch(self, learn):

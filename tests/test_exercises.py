@@ -1,5 +1,5 @@
 "Every exercise can be failed and passed: by its stub, by plausible wrong answers, and by its solution. And figures speak."
-import copy, json, re, subprocess, sys
+import json, re, subprocess, sys
 from pathlib import Path
 import pytest
 from exercises import LEFT_OUT, faults, read, source, student
