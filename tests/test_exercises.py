@@ -2,7 +2,7 @@
 import json, re, subprocess, sys
 from pathlib import Path
 import pytest
-from exercises import LEFT_OUT, faults, read, source, student
+from exercises import LEFT_OUT, faults, read, source
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
