@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import wraps
 from numbers import Real
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from .nb_10 import Callback
@@ -40,79 +41,6 @@ def newton_schulz(g:Tensor, # matrix (m, n)
         x = torch.addmm(x, torch.addmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.T).to(g.dtype)
 
-# %% ../nbs/12_optimizers.ipynb #120220
-_OFF = dict(maximize=False, amsgrad=False, dampening=0, centered=False, capturable=False,
-            differentiable=False, foreach=None, fused=None)
-_BELOW = dict(lr=math.inf, weight_decay=math.inf, eps=math.inf, ratio=math.inf, ns_steps=math.inf,
-              momentum=1, alpha=1, betas=1)
-
-class _Options(torch.optim.Optimizer):
-    "Groups and checkpoints as the `twin` has them; what only the twin can do is refused wherever given."
-    twin, twin_options = None, {}  # a class of torch.optim, and its options
-
-    def __init_subclass__(cls):
-        if cls.twin: cls.twin_options = cls.twin([torch.zeros(1, 1)]).defaults
-
-    def own(self, group): return self.names  # the names of the options of such a group
-
-    def check(self, group, values=True) -> dict: # the options
-        "Raise `ValueError` for a wrong value, and for an option of others unless it is off: then forget it."
-        own = self.own(group)
-        options, lr = {k: v for k, v in group.items() if k in own}, group.get('lr')
-        if len(options) + 1 != len(group):  # there is more than these and `params`
-            usual = _OFF | self.twin_options | {k: self.defaults[k] for k in self.names}
-            for k in (group.keys() & usual.keys()) - own:
-                if group[k] != usual[k] and (group[k] or usual[k]):
-                    name = type(self).__name__
-                    raise ValueError(f'expected {k}={usual[k]}, got {group[k]}: {name} has only that')
-                del group[k]
-        if values or isinstance(lr, float) and not lr >= 0:
-            for k, v in options.items(): _check_value(k, v)
-        return options
-
-    def add_param_group(self, group): # dict with `params` and options
-        "Add a group; raises `ValueError` for an option that is wrong or unknown."
-        super().add_param_group(group)
-        try: self.check(self.param_groups[-1])
-        except ValueError:
-            del self.param_groups[-1]
-            raise
-
-    def state_dict(self):
-        "State and options, as the twin writes and reads them."
-        state_dict = super().state_dict()
-        rest = {k: v for k, v in self.twin_options.items() if k not in self.names}
-        for group in state_dict['param_groups']: group.update(rest)
-        return state_dict
-
-    def __setstate__(self, state):
-        "The end of loading and unpickling: takes over everything or, with a `ValueError`, nothing."
-        if 'defaults' in state: self.defaults, self.names = state['defaults'], frozenset(state['defaults'])
-        for group, old in zip(state['param_groups'], vars(self).get('param_groups', state['param_groups'])):
-            for k in {'foreach', 'fused'} - self.names: group.pop(k, None)  # say how, not what
-            for k in self.own(old) & old.keys(): group.setdefault(k, old[k])
-            self.check(group)
-            for p in group['params'] if self.twin else []: _fit_record(p, state['state'].get(p, {}))
-        super().__setstate__(state)
-        if 'differentiable' not in self.names: self.defaults.pop('differentiable', None)  # PyTorch adds it
-
-def _fit_record(p, record):
-    "What is remembered of `p`, dense and in its order of memory."
-    for k, v in record.items():
-        if k == 'step' or not isinstance(v, Tensor): continue
-        if v.shape != p.shape:
-            raise ValueError(f'expected {k} of shape {tuple(p.shape)}, got {tuple(v.shape)}')
-        if v.is_sparse: v = v.to_dense()
-        record[k] = v if v.stride() == p.stride() else torch.empty_like(p).copy_(v)
-
-def _check_value(name, value):
-    limit, numbers = _BELOW.get(name, math.inf), value if isinstance(value, (tuple, list)) else [value]
-    if name == 'lr' and isinstance(value, Tensor) and value.numel() == 1: numbers = [value.item()]
-    good = all(0 <= v < limit if isinstance(v, Real) else name not in _BELOW for v in numbers)
-    if not good or name == 'betas' and len(numbers) != 2:
-        wanted = 'at least 0 and below 1' if limit == 1 else 'at least 0'
-        raise ValueError(f'expected {name} of {wanted}, got {value!r}')
-
 # %% ../nbs/12_optimizers.ipynb #120210
 def _listened(step):
     "PyTorch's wrapper of `step`, which calls hooks and tells the profiler, entered only if somebody listens."
@@ -125,14 +53,18 @@ def _listened(step):
     run.hooked = True  # PyTorch wraps those that don't say so
     return run
 
-class BaseOptimizer(_Options):
+# %% ../nbs/12_optimizers.ipynb #120337
+class BaseOptimizer(torch.optim.Optimizer):
     "Base of optimizers: write `update(params, grads, **options)`, for lists of one dtype on one device."
-    sparse = False  # whether `update` takes sparse gradients
+    twin, twin_options = None, {}  # PyTorch's class for the same rule, and its options
+    sparse = False                 # whether `update` takes sparse gradients
+
+    def __init_subclass__(cls):
+        if cls.twin: cls.twin_options = cls.twin([torch.zeros(1, 1)]).defaults
 
     def __init__(self, params, # iterable of Tensors, pairs (name, Tensor), or groups: dicts with options
                  **options): # name -> value for the groups that don't say; numbers are at least 0
         self.names = frozenset(options)
-        for name, value in options.items(): _check_value(name, value)
         super().__init__(params, options)
 
     @_listened
@@ -144,45 +76,55 @@ class BaseOptimizer(_Options):
                 self.update(params, [p.grad for p in params], **options)
         return loss
 
-    def _kinds(self, group):
-        "The parameters with a gradient, in lists of one kind, and their options."
-        kinds, options, lr = {}, self.check(group, values=False), group.get('lr')
-        for p in group['params']:
-            g = p.grad
-            if g is not None: kinds.setdefault((p.dtype, p.device, type(p), g.layout), []).append(p)
-        for (_, device, _, layout), params in kinds.items():
-            if layout is not torch.strided and not self.sparse:
-                raise RuntimeError(f'expected dense gradients, got {layout}: '
-                                   f'{type(self).__name__} does not support sparse gradients, SGD does')
-            if isinstance(lr, Tensor): options = options | dict(lr=lr.detach().to(device).reshape(()))
-            yield params, options
+    def own(self, group): return self.names  # the names of the options of such a group
+    def check(self, group, values=True): return {k: group[k] for k in self.own(group)}
 
-    def recall(self, params, name:str) -> list: # of Tensors like `params`, to be changed in place
-        "What `state` remembers of each parameter under `name`: zeros at first."
-        found, dtype, device = [], params[0].dtype, params[0].device
-        for p in params:
-            record = self.state[p]
-            v = record.get(name)
-            if v is None: v = record[name] = torch.zeros_like(p)
-            elif v.dtype is not dtype or v.device != device: v = record[name] = torch.empty_like(p).copy_(v)
-            found.append(v)
-        return found
+# %% ../nbs/12_optimizers.ipynb #120338
+@patch
+def _kinds(self:BaseOptimizer, group):
+    "The parameters with a gradient, in lists of one kind, and their options."
+    kinds, options, lr = {}, self.check(group, values=False), group.get('lr')
+    for p in group['params']:
+        g = p.grad
+        if g is not None: kinds.setdefault((p.dtype, p.device, type(p), g.layout), []).append(p)
+    for (_, device, _, layout), params in kinds.items():
+        if layout is not torch.strided and not self.sparse:
+            raise RuntimeError(f'expected dense gradients, got {layout}: '
+                               f'{type(self).__name__} does not support sparse gradients, SGD does')
+        if isinstance(lr, Tensor): options = options | dict(lr=lr.detach().to(device).reshape(()))
+        yield params, options
 
-    def count(self, params, device=torch.device('cpu')) -> list: # of 0-d Tensors on `device`
-        "How many steps each parameter has taken, with this one."
-        records = [self.state[p] for p in params]
-        for r in records:
-            if getattr(r.get('step'), 'device', None) != device:
-                r['step'] = torch.tensor(float(r.get('step', 0)), device=device)
-        steps = [r['step'] for r in records]
-        torch._foreach_add_(steps, [torch.ones((), device=device)]*len(steps))
-        return steps
+@patch
+def recall(self:BaseOptimizer, params, name:str) -> list: # of Tensors like `params`, to be changed in place
+    "What `state` remembers of each parameter under `name`: zeros at first."
+    found, dtype, device = [], params[0].dtype, params[0].device
+    for p in params:
+        record = self.state[p]
+        v = record.get(name)
+        if v is None: v = record[name] = torch.zeros_like(p)
+        elif v.dtype is not dtype or v.device != device: v = record[name] = torch.empty_like(p).copy_(v)
+        found.append(v)
+    return found
 
-    def zero_grad(self, set_to_none:bool=True): # None instead of zeros
-        "Forget all gradients."
-        if not set_to_none or torch.autograd._profiler_enabled(): return super().zero_grad(set_to_none)
-        for group in self.param_groups:
-            for p in group['params']: p.grad = None
+# %% ../nbs/12_optimizers.ipynb #120339
+@patch
+def count(self:BaseOptimizer, params, device=torch.device('cpu')) -> list: # of 0-d Tensors on `device`
+    "How many steps each parameter has taken, with this one."
+    records = [self.state[p] for p in params]
+    for r in records:
+        if getattr(r.get('step'), 'device', None) != device:
+            r['step'] = torch.tensor(float(r.get('step', 0)), device=device)
+    steps = [r['step'] for r in records]
+    torch._foreach_add_(steps, [torch.ones((), device=device)]*len(steps))
+    return steps
+
+@patch
+def zero_grad(self:BaseOptimizer, set_to_none:bool=True): # None instead of zeros
+    "Forget all gradients."
+    if not set_to_none or torch.autograd._profiler_enabled():
+        return super(BaseOptimizer, self).zero_grad(set_to_none)
+    for group in self.param_groups:
+        for p in group['params']: p.grad = None
 
 # %% ../nbs/12_optimizers.ipynb #120214
 def _descend(params, steps, lr):
@@ -221,8 +163,7 @@ class SGD(BaseOptimizer):
                               weight_decay=weight_decay, dampening=0., maximize=False, is_first_step=False)
             return torch.autograd.graph.increment_version(params)
         if weight_decay and grads[0].is_sparse:
-            raise RuntimeError(f'expected no weight decay, got {weight_decay}: '
-                               'with sparse gradients SGD does not support it')
+            raise RuntimeError('with sparse gradients SGD does not support weight decay')
         if weight_decay: grads = torch._foreach_add(grads, params, alpha=weight_decay)
         if momentum:
             torch._foreach_mul_(sums, momentum)
@@ -265,6 +206,7 @@ def _adam_step(opt, params, grads, lr, betas, eps, weight_decay, apart):
     for p, g, m, v, t in zip(*_real(params, grads, means, squares), opt.count(params)):
         _adam_rule(p, g, m, v, t.double(), lr, betas, eps, weight_decay, apart)
 
+# %% ../nbs/12_optimizers.ipynb #120341
 class Adam(BaseOptimizer):
     "Running means of gradients and of their squares, with bias correction (Kingma and Ba, 2015)."
     twin, apart = torch.optim.Adam, False
@@ -283,6 +225,15 @@ class AdamW(Adam):
     def __init__(self, params, lr:float=1e-3, betas=(0.9, 0.999), eps:float=1e-8, # as in `Adam`
                  weight_decay:float=1e-2): # the weights shrink by lr times this at each step
         super().__init__(params, lr, betas, eps, weight_decay)
+
+# %% ../nbs/12_optimizers.ipynb #120342
+def _by_position(params):
+    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    return _muon_groups(params, tensors, {id(p) for p in [p for p in tensors if p.ndim >= 2][:-1]})
+
+def _muon_groups(params, tensors, hidden):
+    of = {muon: [p for p, t in zip(params, tensors) if (id(t) in hidden) == muon] for muon in (True, False)}
+    return [dict(params=found, muon=muon) for muon, found in of.items() if found]
 
 # %% ../nbs/12_optimizers.ipynb #120064
 class Muon(BaseOptimizer):
@@ -305,72 +256,33 @@ class Muon(BaseOptimizer):
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                          ns_steps=ns_steps, ns_dtype=ns_dtype, ratio=ratio, betas=betas, muon=muon)
 
-    def own(self, group): return self.names - (_OF_OTHERS if group['muon'] else _OF_MATRICES)
+    def own(self, group):
+        "Matrices have the options of momentum, the others those of AdamW."
+        if group['muon']: return self.names - {'ratio', 'betas'}
+        return self.names - {'momentum', 'nesterov', 'ns_steps', 'ns_dtype'}
 
-    def check(self, group, values=True):
-        options = super().check(group, values)
-        flat = [tuple(p.shape) for p in group['params'] if p.ndim < 2] if group['muon'] and values else []
-        if flat: raise ValueError(f'expected matrices in a group with muon=True, got shapes {flat}')
-        return options
+# %% ../nbs/12_optimizers.ipynb #120343
+@patch
+def update(self:Muon, params, grads, lr, weight_decay, muon, **options):
+    if params[0].is_complex(): raise RuntimeError('Muon does not support complex weights')
+    if muon: return self._update_matrices(params, grads, lr, weight_decay, **options)
+    _adam_step(self, params, grads, lr*options['ratio'], options['betas'], 1e-8, weight_decay, apart=True)
 
-    def update(self, params, grads, lr, weight_decay, muon, **options):
-        if params[0].is_complex(): raise RuntimeError('Muon does not support complex weights')
-        if muon: return self._update_matrices(params, grads, lr, weight_decay, **options)
-        _adam_step(self, params, grads, lr*options['ratio'], options['betas'], 1e-8, weight_decay, apart=True)
-
-    def _update_matrices(self, params, grads, lr, weight_decay, momentum, nesterov, ns_steps, ns_dtype):
-        means, steps = self.recall(params, 'momentum_buffer'), []
-        torch._foreach_lerp_(means, grads, 1 - momentum)
-        for g in torch._foreach_lerp(grads, means, momentum) if nesterov else means:
-            step = newton_schulz(g.flatten(1), ns_steps, dtype=ns_dtype)  # (m, n)
-            steps.append(step.view_as(g)*math.sqrt(max(1, step.shape[0]/step.shape[1])))
-        torch._foreach_mul_(params, 1 - lr*weight_decay)
-        _descend(params, steps, lr)
-
-_OF_MATRICES, _OF_OTHERS = {'momentum', 'nesterov', 'ns_steps', 'ns_dtype'}, {'ratio', 'betas'}
-
-def _by_position(params):
-    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-    return _muon_groups(params, tensors, {id(p) for p in [p for p in tensors if p.ndim >= 2][:-1]})
-
-def _muon_groups(params, tensors, hidden):
-    of = {muon: [p for p, t in zip(params, tensors) if (id(t) in hidden) == muon] for muon in (True, False)}
-    return [dict(params=found, muon=muon) for muon, found in of.items() if found]
-
-# %% ../nbs/12_optimizers.ipynb #120216
-_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-_TABLES = (nn.Embedding, nn.EmbeddingBag, nn.AdaptiveLogSoftmaxWithLoss)  # a row for each word or class
-_NO_MATRIX = r'bias|gain|gamma|scale|norm|emb|(^|_)pos|token|cls|mask|table|weight_g$'
-
-def _matrices(module):
-    "Of the parameters that a module holds itself, those that its input is multiplied by."
-    known = isinstance(module, _LAYERS)
-    if not known and re.search('norm|emb|pos|scale', type(module).__name__.lower()): return []
-    has_layers = not known and any(True for child in module.children() for p in child.parameters())
-    own = [(name.lower(), p) for name, p in module.named_parameters(recurse=False) if p.ndim >= 2]
-    own = [(name, p) for name, p in own if known or min(p.flatten(1).shape) > 1]  # no single row or column
-    return [p for name, p in own if not re.search(_NO_MATRIX, name) and ('weight' in name or not has_layers)]
-
-_HEAD = r'(^|[._])(heads?|heads\.\w+|classifier|logits|actor|critic|[a-z]+_embed)$|^(fc|policy|value|output)$'
-
-def _split_params(*modules): # nn.Modules, such as `learn.modules`
-    """Groups for `Muon` by what a parameter is for: weights of hidden layers; embeddings, heads, biases, ...
-    A head is the last matrix of a module, and of each part whose name says so."""
-    def matrices(module): return [id(p) for m in module.modules() for p in _matrices(m)]
-    params = list({id(p): p for top in modules for p in top.parameters()}.values())
-    hidden = {i for top in modules for i in matrices(top)}
-    for top in modules:
-        heads = [m for name, m in top.named_modules() if re.search(_HEAD, name) and matrices(m)]
-        for head in [*heads, top]: hidden -= set(matrices(head)[-1:])
-        for table in [m for m in top.modules() if isinstance(m, _TABLES)]: hidden -= {id(p) for p in table.parameters()}
-    return _muon_groups(params, params, hidden)
-
-Muon.split_params = staticmethod(_split_params)
+@patch
+def _update_matrices(self:Muon, params, grads, lr, weight_decay, momentum, nesterov, ns_steps, ns_dtype):
+    means, steps = self.recall(params, 'momentum_buffer'), []
+    torch._foreach_lerp_(means, grads, 1 - momentum)
+    for g in torch._foreach_lerp(grads, means, momentum) if nesterov else means:
+        step = newton_schulz(g.flatten(1), ns_steps, dtype=ns_dtype)  # (m, n)
+        steps.append(step.view_as(g)*math.sqrt(max(1, step.shape[0]/step.shape[1])))
+    torch._foreach_mul_(params, 1 - lr*weight_decay)
+    _descend(params, steps, lr)
 
 # %% ../nbs/12_optimizers.ipynb #120069
 class EMA(Callback):
     "Keeps an exponential moving average of the weights, validates with it, and leaves it in the model."
-    order, sweep, everywhere, saved = 30, False, True, ('mean', 'averaged')
+    order, sweep, everywhere = 30, False, True  # after most others, not in `lr_find`, in each pass of the fit
+    saved = ('mean', 'averaged')                # in a checkpoint
     def __init__(self, decay:float=0.99): # share of the mean that is kept at each step, in [0, 1)
         if not 0 <= decay < 1: raise ValueError(f'expected decay in [0, 1), got {decay}')
         self.decay, self.averaged, self.mean = decay, False, None
@@ -390,27 +302,145 @@ class EMA(Callback):
     @torch.no_grad()
     def after_step(self, learn): torch._foreach_lerp_(self.mean, self.params, 1 - self.decay)
 
-    def swap(self):
-        for p, mean in zip(self.params, self.mean):
-            kept = p.detach().clone()
-            p.data.copy_(mean)
-            mean.copy_(kept)
-        self.averaged = not self.averaged
-        torch.clear_autocast_cache()
+# %% ../nbs/12_optimizers.ipynb #120348
+@patch
+def show(self:EMA, averaged):
+    "Have the averaged weights in the model, or the plain ones; the others are kept in `mean`."
+    if not self.mean or self.averaged == averaged: return
+    for p, mean in zip(self.params, self.mean):
+        kept = p.detach().clone()
+        p.data.copy_(mean)
+        mean.copy_(kept)
+    self.averaged = averaged
+    torch.clear_autocast_cache()
 
-    @contextmanager
-    def around_pass(self, learn):
-        before, nested = self.averaged, not learn.fitting
-        if self.mean and before == learn.training: self.swap()  # plain to train, averaged to validate
-        if self.mean and learn.training: self.take_in(learn)
-        try: yield
-        finally:
-            if nested and self.averaged != before: self.swap()
+@patch
+@contextmanager
+def around_pass(self:EMA, learn):
+    before, nested = self.averaged, not learn.fitting
+    self.show(not learn.training)
+    if self.mean and learn.training: self.take_in(learn)
+    try: yield
+    finally:
+        if nested: self.show(before)
 
-    def cleanup_epoch(self, learn):
-        last = learn.epoch + 1 >= learn.n_epochs
-        if self.averaged != last: self.swap()
+@patch
+def cleanup_epoch(self:EMA, learn): self.show(learn.epoch + 1 >= learn.n_epochs)  # the mean after the last
 
-    def cleanup_fit(self, learn):
-        if self.mean and self.averaged == learn.failed: self.swap()
-        self.params = self.mean = None
+@patch
+def cleanup_fit(self:EMA, learn):
+    self.show(not learn.failed)
+    self.params = self.mean = None
+
+# %% ../nbs/12_optimizers.ipynb #120354
+_BELOW = dict(lr=math.inf, weight_decay=math.inf, eps=math.inf, ratio=math.inf, ns_steps=math.inf,
+              momentum=1, alpha=1, betas=1)  # option -> what it must be below
+
+def _check_value(name, value):
+    "Raise `ValueError` unless each number of an option is at least 0 and below its limit."
+    limit, numbers = _BELOW.get(name, math.inf), value if isinstance(value, (tuple, list)) else [value]
+    if name == 'lr' and isinstance(value, Tensor) and value.numel() == 1: numbers = [value.item()]
+    good = all(0 <= v < limit if isinstance(v, Real) else name not in _BELOW for v in numbers)
+    if not good or name == 'betas' and len(numbers) != 2:
+        wanted = 'at least 0 and below 1' if limit == 1 else 'at least 0'
+        raise ValueError(f'expected {name} of {wanted}, got {value!r}')
+
+# %% ../nbs/12_optimizers.ipynb #120220
+_OFF = dict(maximize=False, amsgrad=False, dampening=0, centered=False, capturable=False,
+            differentiable=False, foreach=None, fused=None)
+
+@patch
+def check(self:BaseOptimizer, group, values=True) -> dict: # the options
+    "Raise `ValueError` for a wrong value, and for an option of others unless it is off: then forget it."
+    own, lr = self.own(group), group.get('lr')
+    options = {k: v for k, v in group.items() if k in own}
+    if len(options) + 1 != len(group):  # there is more than these and `params`
+        usual = _OFF | self.twin_options | {k: self.defaults[k] for k in self.names}
+        for k in (group.keys() & usual.keys()) - own:
+            if group[k] != usual[k] and (group[k] or usual[k]):
+                name = type(self).__name__
+                raise ValueError(f'expected {k}={usual[k]}, got {group[k]}: {name} has only that')
+            del group[k]
+    if values or isinstance(lr, float) and not lr >= 0:
+        for k, v in options.items(): _check_value(k, v)
+    return options
+
+@patch
+def check(self:Muon, group, values=True):
+    options = super(Muon, self).check(group, values)
+    flat = [tuple(p.shape) for p in group['params'] if p.ndim < 2] if group['muon'] and values else []
+    if flat: raise ValueError(f'expected matrices in a group with muon=True, got shapes {flat}')
+    return options
+
+# %% ../nbs/12_optimizers.ipynb #120357
+@patch
+def add_param_group(self:BaseOptimizer, group): # dict with `params` and options
+    "Add a group; raises `ValueError` for an option that is wrong or unknown."
+    for name in self.names: _check_value(name, self.defaults[name])
+    super(BaseOptimizer, self).add_param_group(group)
+    try: self.check(self.param_groups[-1])
+    except ValueError:
+        del self.param_groups[-1]
+        raise
+
+# %% ../nbs/12_optimizers.ipynb #120360
+@patch
+def state_dict(self:BaseOptimizer):
+    "State and options, as the twin writes and reads them."
+    state_dict = super(BaseOptimizer, self).state_dict()
+    rest = {k: v for k, v in self.twin_options.items() if k not in self.names}
+    for group in state_dict['param_groups']: group.update(rest)
+    return state_dict
+
+@patch
+def __setstate__(self:BaseOptimizer, state):
+    "The end of loading and unpickling: takes over everything or, with a `ValueError`, nothing."
+    if 'defaults' in state: self.defaults, self.names = state['defaults'], frozenset(state['defaults'])
+    for group, old in zip(state['param_groups'], vars(self).get('param_groups', state['param_groups'])):
+        for k in {'foreach', 'fused'} - self.names: group.pop(k, None)  # say how, not what
+        for k in self.own(old) & old.keys(): group.setdefault(k, old[k])
+        self.check(group)
+        for p in group['params'] if self.twin else []: _fit_record(p, state['state'].get(p, {}))
+    super(BaseOptimizer, self).__setstate__(state)
+    if 'differentiable' not in self.names: self.defaults.pop('differentiable', None)  # PyTorch adds it
+
+def _fit_record(p, record):
+    "What is remembered of `p`, dense and in its order of memory."
+    for k, v in record.items():
+        if k == 'step' or not isinstance(v, Tensor): continue
+        if v.shape != p.shape:
+            raise ValueError(f'expected {k} of shape {tuple(p.shape)}, got {tuple(v.shape)}')
+        if v.is_sparse: v = v.to_dense()
+        record[k] = v if v.stride() == p.stride() else torch.empty_like(p).copy_(v)
+
+# %% ../nbs/12_optimizers.ipynb #120216
+_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+_TABLES = (nn.Embedding, nn.EmbeddingBag, nn.AdaptiveLogSoftmaxWithLoss)  # a row for each word or class
+_NO_MATRIX = r'bias|gain|gamma|scale|norm|emb|(^|_)pos|token|cls|mask|table|weight_g$'
+_HEAD = r'(^|[._])(heads?|heads\.\w+|classifier|logits|actor|critic|[a-z]+_embed)$|^(fc|policy|value|output)$'
+
+def _own_matrices(module):
+    "Of the parameters that a module holds itself, those that its input is multiplied by."
+    known = isinstance(module, _LAYERS)
+    if not known and re.search('norm|emb|pos|scale', type(module).__name__.lower()): return []
+    has_layers = not known and any([*child.parameters()] for child in module.children())
+    own = [(name.lower(), p) for name, p in module.named_parameters(recurse=False) if p.ndim >= 2]
+    own = [(name, p) for name, p in own if known or min(p.flatten(1).shape) > 1]  # no single row or column
+    return [p for name, p in own if not re.search(_NO_MATRIX, name) and ('weight' in name or not has_layers)]
+
+def _matrices(module): return [id(p) for m in module.modules() for p in _own_matrices(m)]
+
+# %% ../nbs/12_optimizers.ipynb #120364
+def _split_params(*modules): # nn.Modules, such as `learn.modules`
+    """Groups for `Muon` by what a parameter is for: weights of hidden layers; embeddings, heads, biases, ...
+    A head is the last matrix of a module, and of each part whose name says so."""
+    params, hidden = list({id(p): p for top in modules for p in top.parameters()}.values()), set()
+    for top in modules: hidden |= set(_matrices(top))
+    for top in modules:
+        heads = [m for name, m in top.named_modules() if re.search(_HEAD, name) and _matrices(m)]
+        for head in [*heads, top]: hidden -= set(_matrices(head)[-1:])
+        for table in top.modules():
+            if isinstance(table, _TABLES): hidden -= {id(p) for p in table.parameters()}
+    return _muon_groups(params, params, hidden)
+
+Muon.split_params = staticmethod(_split_params)
