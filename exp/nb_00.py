@@ -67,7 +67,7 @@ def describe(alt:str, # what the figure shows, in a sentence, for readers who ca
     plt.savefig(file, format='png', dpi=2*dpi, bbox_inches='tight', metadata={'Software': None})
     plt.close()
     im = Image.open(file).convert('RGB')
-    im = im.quantize(128, dither=Image.Dither.NONE)  # 128 colours: a third of the size
+    im = im.quantize(128, dither=Image.Dither.NONE)  # enough for a figure, and a smaller file
     im.save(small, format='png', optimize=True)
     data = base64.b64encode(small.getvalue()).decode()
     tag = f'<img alt="{html.escape(alt)}" width="{im.width//2}" src="data:image/png;base64,{data}">'
@@ -142,10 +142,12 @@ def time_call(f, # called without arguments
     return Timer('f()', globals={'f': f}).blocked_autorange(min_run_time=min_time).median
 
 # %% ../nbs/00_tools.ipynb #000063
-def format_time(seconds:float) -> str: # three digits and a unit: s, ms or µs
-    "A time as people say it."
-    scale, unit = next(((s, u) for s, u in ((1, 's'), (1e-3, 'ms')) if seconds >= s), (1e-6, 'µs'))
-    return f'{seconds/scale:.3g} {unit}'
+def format_time(seconds:float) -> str: # at most three significant digits and a unit: s, ms or µs
+    "A time as people say it; from 1000 s on, in whole seconds."
+    units = (1, 's'), (1e-3, 'ms')
+    scale, unit = next(((s, u) for s, u in units if seconds >= 0.9995*s), (1e-6, 'µs'))
+    value = seconds/scale
+    return f'{value:.0f} {unit}' if value >= 999.5 else f'{value:.3g} {unit}'
 
 def plot_times(times:dict, # label -> seconds
                title:str, # the claim

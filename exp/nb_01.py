@@ -118,7 +118,7 @@ SHA256 = {
 # %% ../nbs/01_data.ipynb #010055
 def fetch(name:str, # a key of `MIRRORS`
           file:str, # a key of `SHA256[name]`
-          data_dir=None, # folder for the file; None: the user's cache
+          data_dir=None, # folder to download into; None: the user's cache
          ) -> Path: # the file, its checksum verified
     "Find or download a file, setting a damaged one aside; raises `ConnectionError` if no mirror has it."
     with warnings.catch_warnings(action='ignore'): import pooch  # its tqdm asks for widgets in a notebook
