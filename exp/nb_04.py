@@ -20,6 +20,27 @@ from .nb_00 import is_terminal, say
 from .nb_02 import Model
 from .nb_03 import accuracy
 
+# %% ../nbs/04_training.ipynb #040221
+# Three small helpers of Sampler and collate, which "For the library" explains.
+def _whole_number(value, least, what):
+    "`value` as an int; raises `ValueError` unless it is a whole number, at least `least`, and no bool."
+    flag = isinstance(value, bool) or getattr(value, 'dtype', None) is torch.bool
+    try: number = operator.index(value)
+    except TypeError: number = None
+    if flag or number is None or number < least:
+        raise ValueError(f'expected {what} of at least {least}, a whole number, got {value!r}')
+    return number
+
+def _fields(item):
+    "What an item consists of: so many fields, or these keys, or itself."
+    if isinstance(item, (tuple, list)): return len(item)
+    return set(item) if isinstance(item, Mapping) else None
+
+def _collate_field(field):
+    if isinstance(field[0], Mapping): return collate(field)
+    if isinstance(field[0], (Tensor, float, int)): field = [torch.as_tensor(o) for o in field]
+    return default_collate(field)
+
 # %% ../nbs/04_training.ipynb #040015
 class RecordedLoss:
     "A loss function that keeps the training losses it computes, in `losses`, detached and on their device."
@@ -60,7 +81,8 @@ class Dataset:
                  x, # inputs (n, ...): tensor, array or list of numbers
                  *more): # more inputs and, last, the targets; raises `ValueError` for unequal lengths
         tensors = [o if isinstance(o, Tensor) else _as_tensor(o) for o in (x, *more)]
-        if any(t.layout is not torch.strided for t in tensors): raise ValueError('expected dense tensors, got a sparse one')
+        if any(t.layout is not torch.strided for t in tensors):
+            raise ValueError('expected dense tensors, got a sparse one')
         shapes = [tuple(t.shape) for t in tensors]
         if () in shapes: raise ValueError(f'expected tensors with a first dimension, got shapes {shapes}')
         lengths = [s[0] for s in shapes]
@@ -92,16 +114,6 @@ def _rows(t, i):
         except (IndexError, NotImplementedError): return t[i]
     return _other_rows(t, i)
 
-# %% ../nbs/04_training.ipynb #040221
-def _whole_number(value, least, what):
-    "`value` as an int; raises `ValueError` unless it is a whole number, at least `least`, and no bool."
-    flag = isinstance(value, bool) or getattr(value, 'dtype', None) is torch.bool
-    try: number = operator.index(value)
-    except TypeError: number = None
-    if flag or number is None or number < least:
-        raise ValueError(f'expected {what} of at least {least}, a whole number, got {value!r}')
-    return number
-
 # %% ../nbs/04_training.ipynb #040065
 class Sampler:
     "Batches of indices: every index of `range(n)` once an epoch."
@@ -121,17 +133,6 @@ class Sampler:
     def __iter__(self):
         order = torch.randperm(self.n, generator=self.generator) if self.shuffle else range(self.n)
         for i in range(0, len(self)*self.bs, self.bs): yield order[i:i + self.bs]
-
-# %% ../nbs/04_training.ipynb #040224
-def _fields(item):
-    "What an item consists of: so many fields, or these keys, or itself."
-    if isinstance(item, (tuple, list)): return len(item)
-    return set(item) if isinstance(item, Mapping) else None
-
-def _collate_field(field):
-    if isinstance(field[0], Mapping): return collate(field)
-    if isinstance(field[0], (Tensor, float, int)): field = [torch.as_tensor(o) for o in field]
-    return default_collate(field)
 
 # %% ../nbs/04_training.ipynb #040070
 def collate(items:list, # what a dataset returned for each index, at least one
@@ -166,12 +167,6 @@ class DataLoader:
             self.sampler = self.batches = Sampler(len(ds), self.bs, shuffle, drop_last, seed)
         else: self._take_options(shuffle, seed)
         if not self._plain(): self._torch_loader()  # which refuses at once what does not go together
-
-    @property
-    def dataset(self): return self.ds # its name in torch
-
-    @property
-    def batch_size(self): return self.bs # its name in torch
 
     def _plain(self): return self._at_once() and not self.num_workers and not self.options
 
@@ -404,3 +399,14 @@ def _keep_workers(self:DataLoader):
 
 @patch
 def __getstate__(self:DataLoader): return {**vars(self), '_kept': None}  # processes can't be copied
+
+# %% ../nbs/04_training.ipynb #040312
+@patch(as_prop=True)
+def dataset(self:DataLoader):
+    "`ds`, under torch's name."
+    return self.ds
+
+@patch(as_prop=True)
+def batch_size(self:DataLoader):
+    "`bs`, under torch's name."
+    return self.bs
