@@ -365,12 +365,14 @@ def check(self:BaseOptimizer, group, values=True) -> dict: # the options
         for k, v in options.items(): _check_value(k, v)
     return options
 
-@patch
-def check(self:Muon, group, values=True):
-    options = super(Muon, self).check(group, values)
+def _check_muon(self, group, values=True):
+    "The same, and that a group for matrices has no vectors."
+    options = BaseOptimizer.check(self, group, values)
     flat = [tuple(p.shape) for p in group['params'] if p.ndim < 2] if group['muon'] and values else []
     if flat: raise ValueError(f'expected matrices in a group with muon=True, got shapes {flat}')
     return options
+
+Muon.check = _check_muon
 
 # %% ../nbs/12_optimizers.ipynb #120357
 @patch
