@@ -168,6 +168,9 @@ class DataLoader:
         else: self._take_options(shuffle, seed)
         if not self._plain(): self._torch_loader()  # which refuses at once what does not go together
 
+    dataset = property(operator.attrgetter('ds'))  # its name in torch
+    batch_size = property(operator.attrgetter('bs'))  # its name in torch
+
     def _plain(self): return self._at_once() and not self.num_workers and not self.options
 
     def __len__(self): return len(self._torch_loader() if self.batches is None else self._batches())
@@ -399,14 +402,3 @@ def _keep_workers(self:DataLoader):
 
 @patch
 def __getstate__(self:DataLoader): return {**vars(self), '_kept': None}  # processes can't be copied
-
-# %% ../nbs/04_training.ipynb #040312
-@patch(as_prop=True)
-def dataset(self:DataLoader):
-    "`ds`, under torch's name."
-    return self.ds
-
-@patch(as_prop=True)
-def batch_size(self:DataLoader):
-    "`bs`, under torch's name."
-    return self.bs
