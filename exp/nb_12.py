@@ -261,9 +261,16 @@ class Muon(BaseOptimizer):
         if group['muon']: return self.names - {'ratio', 'betas'}
         return self.names - {'momentum', 'nesterov', 'ns_steps', 'ns_dtype'}
 
+    def check(self, group, values=True):
+        options = super().check(group, values)
+        flat = [tuple(p.shape) for p in group['params'] if p.ndim < 2] if group['muon'] and values else []
+        if flat: raise ValueError(f'expected matrices in a group with muon=True, got shapes {flat}')
+        return options
+
 # %% ../nbs/12_optimizers.ipynb #120343
 @patch
 def update(self:Muon, params, grads, lr, weight_decay, muon, **options):
+    "A group of matrices, or one of other parameters."
     if params[0].is_complex(): raise RuntimeError('Muon does not support complex weights')
     if muon: return self._update_matrices(params, grads, lr, weight_decay, **options)
     _adam_step(self, params, grads, lr*options['ratio'], options['betas'], 1e-8, weight_decay, apart=True)
@@ -317,6 +324,7 @@ def show(self:EMA, averaged):
 @patch
 @contextmanager
 def around_pass(self:EMA, learn):
+    "Plain weights to train, averaged ones to validate."
     before, nested = self.averaged, not learn.fitting
     self.show(not learn.training)
     if self.mean and learn.training: self.take_in(learn)
@@ -364,15 +372,6 @@ def check(self:BaseOptimizer, group, values=True) -> dict: # the options
     if values or isinstance(lr, float) and not lr >= 0:
         for k, v in options.items(): _check_value(k, v)
     return options
-
-def _check_muon(self, group, values=True):
-    "The same, and that a group for matrices has no vectors."
-    options = BaseOptimizer.check(self, group, values)
-    flat = [tuple(p.shape) for p in group['params'] if p.ndim < 2] if group['muon'] and values else []
-    if flat: raise ValueError(f'expected matrices in a group with muon=True, got shapes {flat}')
-    return options
-
-Muon.check = _check_muon
 
 # %% ../nbs/12_optimizers.ipynb #120357
 @patch
