@@ -53,6 +53,12 @@ class Kernel:
         from execnb.shell import CaptureShell
         self.shell = CaptureShell(path=folder)
 
+    def close(self):
+        "From now on there is no IPython here, as before."
+        from IPython.core.interactiveshell import InteractiveShell
+        InteractiveShell._instance = None
+        for prompt in ('ps1', 'ps2', 'ps3'): vars(sys).pop(prompt, None)
+
     def run(self, text):
         if LEFT_OUT.search(text): return ''
         outputs = self.shell.run(text)
@@ -63,19 +69,21 @@ class Kernel:
 def verdicts(cells, folder):
     "(what was run, what the judge said, what was expected) for stub, solution and wrong answers, each after all cells above."
     kernel, done = Kernel(folder), 0
-    for e in read(cells):
-        for cell in cells[done:e.place]:
-            if cell['cell_type'] == 'code': kernel.run(source(cell))
-        done = e.place + len(e.cells)
-        *before, check = e.cells
-        name = f'{e.number}. {e.title}'
-        for part in before: kernel.run(part)
-        yield f'{name}, stub', kernel.run(check), 'Not'
-        for i, (wrong, said) in enumerate(e.wrong):
-            kernel.run(wrong)
-            yield f'{name}, wrong answer {i + 1}', kernel.run(check), said or 'Not yet.'
-        kernel.run(e.solution)
-        yield f'{name}, solution', kernel.run(check), 'Passed'
+    try:
+        for e in read(cells):
+            for cell in cells[done:e.place]:
+                if cell['cell_type'] == 'code': kernel.run(source(cell))
+            done = e.place + len(e.cells)
+            *before, check = e.cells
+            name = f'{e.number}. {e.title}'
+            for part in before: kernel.run(part)
+            yield f'{name}, stub', kernel.run(check), 'Not'
+            for i, (wrong, said) in enumerate(e.wrong):
+                kernel.run(wrong)
+                yield f'{name}, wrong answer {i + 1}', kernel.run(check), said or 'Not yet.'
+            kernel.run(e.solution)
+            yield f'{name}, solution', kernel.run(check), 'Passed'
+    finally: kernel.close()
 
 
 def faults(cells, folder):
