@@ -1,4 +1,4 @@
-"What strangers found in the Learner: each once, as they wrote it."
+"More of other people's habits, kind by kind: rates that are tensors, layers that come late, records within records, odd screens."
 import math, warnings
 from collections import defaultdict
 from functools import partial

@@ -1,4 +1,4 @@
-"What strangers found in data, seeds and the plain loop: each once, as they wrote it."
+"More of other people's data: pixels and seeds of other kinds, batches of names, datasets that grow."
 import struct
 from contextlib import suppress
 import numpy as np
