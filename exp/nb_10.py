@@ -530,7 +530,7 @@ class Metric:
         if not self.pending: return
         values, sizes = zip(*self.pending)
         values, self.pending = torch.stack(values).float(), []  # (batches,) or (batches, k)
-        sizes = _stacked(sizes).to(values.device, values.dtype)
+        sizes = _sizes(sizes).to(values.device, values.dtype)
         if values.ndim == 2: sizes = sizes[:, None]
         self.total = self.total + torch.where(sizes > 0, values*sizes, 0).sum(0)
         self.n = self.n + sizes.sum()
@@ -567,14 +567,26 @@ class Loss(Metric):
     "The loss that the Learner computes, however it does that."
     def __init__(self, name='loss'): super().__init__(None, name)
     def accumulate(self, learn):
-        n = learn.loss_weight()
-        self.add(learn.loss/n if is_sum(learn.loss_func) and learn.by_loss_func else learn.loss, n)
+        n = learn.weight_later()
+        if is_sum(learn.loss_func) and learn.by_loss_func: self.add(learn.loss/n, n)
+        else: self.add(learn.loss, n)
 
 def _as_number(value, name):
     try: value = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name}: expected a number, got {_short(value)}') from None
     if value.numel() == 1: return value.reshape(()).float()
     raise ValueError(f'{name}: expected a mean over the rows, one number or a dict of them, got shape {tuple(value.shape)}')
+
+def _sizes(sizes):
+    "Weights of batches as one tensor. A pair of weigher and classes is counted here, all batches of one length at once."
+    pairs = [size for size in sizes if isinstance(size, tuple)]
+    if len(pairs) == len(sizes) and len({len(target) for _, target in pairs}) == 1:
+        func = pairs[0][0].args[0]
+        if not isinstance(func, nn.Module) and not isinstance(func, partial):
+            return torch.stack([target for _, target in pairs]).ne(-100).sum(1)
+    return _stacked([_weight_of(size) for size in sizes])
+
+def _weight_of(size): return size[0](None, size[1]) if isinstance(size, tuple) else size
 
 def _stacked(numbers):
     "Numbers and 0-d tensors as one tensor, without waiting for a device."
@@ -645,6 +657,14 @@ def loss_weight(self:Learner): # a number, or a 0-d Tensor
     weigh = self._weigher[1]
     weight = weigh(self.pred, self.yb) if weigh and self.by_loss_func else None
     return self.n_rows() if weight is None else weight
+
+@patch
+def weight_later(self:Learner): # as `loss_weight`, or a pair (weigher, classes)
+    "The weight of the batch, or what it is to be counted from: counting a hundred batches at once costs next to nothing."
+    weigh = self._weigher[1] if self._weigher[0] is self.loss_func and self.by_loss_func else None
+    target = self.yb if isinstance(weigh, partial) and weigh.func is _counted else None
+    plain = isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
+    return (weigh, target) if plain else self.loss_weight()
 
 # %% ../nbs/10_learner.ipynb #100071
 class Metrics(Callback):
@@ -755,8 +775,11 @@ def _is_plain(value):
 def state_dict(self:Metrics) -> dict: # for training (True) and validation (False), one dict a metric
     "Sums and counts so far."
     def plain(value): return value.item() if isinstance(value, np.generic) else value
-    return {training: [{k: plain(v) for k, v in vars(m).items() if _is_plain(plain(v))} for m in metrics]
-            for training, metrics in self.sets.items()}
+    def state(metric):
+        values = dict(vars(metric))
+        if isinstance(metric, Metric): values['pending'] = [(v, _weight_of(n)) for v, n in metric.pending]
+        return {k: plain(v) for k, v in values.items() if _is_plain(plain(v))}
+    return {training: [state(m) for m in metrics] for training, metrics in self.sets.items()}
 
 @patch
 def load_state_dict(self:Metrics, state:dict): # from `state_dict`
