@@ -664,7 +664,7 @@ def weight_later(self:Learner): # as `loss_weight`, or a pair (weigher, classes)
     weigh = self._weigher[1] if self._weigher[0] is self.loss_func and self.by_loss_func else None
     target = self.yb if isinstance(weigh, partial) and weigh.func is _counted else None
     plain = isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
-    return (weigh, target) if plain else self.loss_weight()
+    return (weigh, target.clone()) if plain else self.loss_weight()  # a loader may use the same tensor again
 
 # %% ../nbs/10_learner.ipynb #100071
 class Metrics(Callback):
@@ -1040,7 +1040,7 @@ class _Collect(Callback):
     def __init__(self): self.preds, self.targets = [], []
     def after_predict(self, learn):
         self.preds.append(_float32(learn.pred))
-        try: self.targets.append(learn.yb)
+        try: self.targets.append(_copied(learn.yb))  # a loader may use the same tensors again
         except (KeyError, IndexError, AttributeError): self.targets.append(None)  # a batch of inputs alone
         raise CancelBatch
 
@@ -1069,6 +1069,8 @@ def _like(mapping, items):
         for k, v in items.items(): new[k] = v
         return new
     except TypeError: return items  # it can't be changed
+
+def _copied(nest): return map_nest(lambda v: v.clone() if isinstance(v, Tensor) else v, nest)
 
 def _float32(value):
     "Half precision as float32, leaf by leaf."
@@ -1281,7 +1283,7 @@ class _Repeated:
     def __init__(self, batch, n): self.batch, self.n = batch, n
     def __len__(self): return self.n
     def __iter__(self):
-        for _ in range(self.n): yield map_nest(lambda v: v.clone() if isinstance(v, Tensor) else v, self.batch)
+        for _ in range(self.n): yield _copied(self.batch)
 
 # %% ../nbs/10_learner.ipynb #100126
 class MixedPrecision(Callback):

@@ -397,3 +397,20 @@ def test_averaged_and_best(tmp_path):
     learn = new_learner([EMA(0.5), SaveBest(tmp_path/'best.safetensors')])
     learn.fit(3)
     near(learn.validate()['valid_loss'], min(row['valid_loss'] for row in learn.recorder.epochs))
+
+
+def test_a_loader_that_fills_the_same_tensors_again():
+    class Reused:
+        def __init__(self, batches): self.batches = batches
+        def __iter__(self):
+            x, y = torch.empty(4, 4), torch.empty(4, dtype=torch.long)
+            for a, b in self.batches:
+                x.copy_(a), y.copy_(b)
+                yield x, y
+    g = torch.Generator().manual_seed(0)
+    b = [(torch.randn(4, 4, generator=g), torch.where(torch.arange(4) < i % 4, -100, torch.randint(3, (4,), generator=g))) for i in range(8)]
+    learn = new_learner()
+    near([*learn.validate(Reused(b)).values()], [*learn.validate(b).values()])
+    preds, targets = learn.get_preds(b)
+    near(learn.validate(Reused(b))['valid_loss'], F.cross_entropy(preds, targets))
+    assert torch.equal(learn.get_preds(Reused(b))[1], targets)
