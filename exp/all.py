@@ -14,8 +14,11 @@ from exp.nb_01 import *
 from exp.nb_02 import *
 from exp.nb_03 import *
 from exp.nb_04 import *
+from exp.nb_05 import *
 from exp.nb_10 import *
 from exp.nb_11 import *
 from exp.nb_12 import *
 from exp.nb_13 import *
 from exp.nb_14 import *
+from exp.nb_15 import *
+from exp.nb_16 import *

@@ -15,7 +15,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .nb_00 import COLORS
-from .nb_10 import Callback, CancelFit, Learner, as_list, get_momentum, load_opt_state, whole_number
+from .nb_05 import as_list, whole_number
+from .nb_10 import Callback, CancelFit, Learner, get_momentum, load_opt_state
 
 # %% ../nbs/11_schedules.ipynb #110017
 def _sched(mix):

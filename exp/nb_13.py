@@ -18,7 +18,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 import exp
-from .nb_10 import Callback, Learner, Metrics, Recorder, to_device
+from .nb_05 import to_device
+from .nb_10 import Callback, Learner, Metrics, Recorder
 from .nb_11 import get_rng_state, set_rng_state
 
 # %% ../nbs/13_checkpoints.ipynb #130023

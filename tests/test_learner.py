@@ -10,8 +10,9 @@ from exp.nb_00 import set_seed, test_near as near
 from exp.nb_02 import Model
 from exp.nb_03 import accuracy
 from exp.nb_04 import DataLoader, Dataset
-from exp.nb_10 import (EVENTS, Accuracy, Callback, CancelBatch, CancelEpoch, CancelFit, Compile, Device, GradientAccumulation,
-                       GradientClip, Learner, Metric, Metrics, MixedPrecision, OverfitOneBatch, Progress, Recorder, StopOnNaN)
+from exp.nb_10 import (EVENTS, Accuracy, Callback, CancelBatch, CancelEpoch, CancelFit, Compile, Learner, Metric, Metrics,
+                       MixedPrecision, Progress, Recorder, StopOnNaN)
+from exp.nb_15 import Device, GradientAccumulation, GradientClip, OverfitOneBatch
 from exp.nb_12 import SGD
 
 N, BS = 96, 32

@@ -8,7 +8,8 @@ from torch import nn
 from exp.nb_00 import set_seed, test_near as near
 from exp.nb_02 import Model
 from exp.nb_04 import Dataset, DataLoader
-from exp.nb_10 import Callback, CancelBatch, CancelEpoch, CancelFit, Device, GradientAccumulation, GradientClip, Learner
+from exp.nb_10 import Callback, CancelBatch, CancelEpoch, CancelFit, Learner
+from exp.nb_15 import Device, GradientAccumulation, GradientClip
 from exp.nb_12 import EMA, SGD, Adam, AdamW, BaseOptimizer, Muon, RMSProp, newton_schulz
 
 PAIRS = {'SGD': (partial(SGD, lr=0.1), partial(torch.optim.SGD, lr=0.1)),

@@ -10,8 +10,11 @@ from torch import nn
 from exp.nb_00 import set_seed, test_near as near
 from exp.nb_03 import accuracy, cross_entropy
 from exp.nb_04 import Dataset
-from exp.nb_10 import (Accuracy, Callback, CancelEpoch, CancelFit, Compile, GradientAccumulation, GradientClip, Learner, MixedPrecision,
-                       OverfitOneBatch, Progress, Recorder, StopOnNaN, confusion_matrix, n_rows)
+from exp.nb_05 import n_rows
+from exp.nb_10 import (Accuracy, Callback, CancelEpoch, CancelFit, Compile, Learner, MixedPrecision, Progress, Recorder,
+                       StopOnNaN)
+from exp.nb_15 import GradientAccumulation, GradientClip, OverfitOneBatch
+from exp.nb_16 import confusion_matrix
 from exp.nb_11 import Scheduler
 from exp.nb_12 import EMA, AdamW
 from exp.nb_13 import SaveBest

@@ -11,8 +11,10 @@ from exp.nb_00 import set_seed, test_near as near
 from exp.nb_02 import Model
 from exp.nb_03 import accuracy, cross_entropy
 from exp.nb_04 import DataLoader, Dataset
-from exp.nb_10 import (EVENTS, Accuracy, Callback, CancelBatch, CancelEpoch, CancelFit, Compile, GradientAccumulation, GradientClip,
-                       Learner, Metrics, MixedPrecision, Progress, load_opt_state, n_rows)
+from exp.nb_05 import n_rows
+from exp.nb_10 import (EVENTS, Accuracy, Callback, CancelBatch, CancelEpoch, CancelFit, Compile, Learner, Metrics,
+                       MixedPrecision, Progress, load_opt_state)
+from exp.nb_15 import GradientAccumulation, GradientClip
 from exp.nb_11 import Scheduler, sched_lin
 from exp.nb_12 import EMA, AdamW
 

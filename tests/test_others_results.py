@@ -2,6 +2,7 @@
 import dataclasses, io, math, os, subprocess, sys, types, warnings
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,10 +14,12 @@ from exp.nb_00 import set_seed, test_near as near
 from exp.nb_02 import Model
 from exp.nb_03 import accuracy
 from exp.nb_04 import DataLoader, Dataset
-from exp.nb_10 import (Callback, CancelFit, Device, GradientAccumulation, GradientClip, Learner, Metric, Metrics, MixedPrecision,
-                       OverfitOneBatch, Progress, StopOnNaN, get_momentum, to_device)
+from exp.nb_05 import to_device
+from exp.nb_10 import Callback, CancelFit, Learner, Metric, Metrics, MixedPrecision, Progress, StopOnNaN, get_momentum
 from exp.nb_11 import Scheduler, sched_const, sched_lin
+from exp.nb_15 import Device, GradientAccumulation, GradientClip, OverfitOneBatch
 
+import_module('exp.nb_16')  # show_results, top_losses
 N, BS = 96, 32
 
 def data(n=N, seed=0):

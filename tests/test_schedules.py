@@ -8,7 +8,8 @@ from torch import nn
 from exp.nb_00 import set_seed
 from exp.nb_02 import Model
 from exp.nb_04 import DataLoader, Dataset
-from exp.nb_10 import Callback, GradientClip, Learner
+from exp.nb_10 import Callback, Learner
+from exp.nb_15 import GradientClip
 from exp.nb_11 import (Scheduler, combine_scheds, get_rng_state, sched_const, sched_cos, sched_exp, sched_lin, sched_one_cycle,
                        sched_poly, sched_wsd, set_rng_state)
 
