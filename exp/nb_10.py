@@ -22,37 +22,38 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from tqdm import tqdm
-from .nb_00 import is_terminal, say
+from .nb_00 import COLORS, is_terminal, say
 from .nb_04 import DataLoader, Dataset
-from .nb_05 import (Accuracy, Metric, as_float32, as_list, as_number, brief, copy_nest, device_of, is_sum, join_nests, n_rows,
-                       weigher, whole_number)
+from .nb_05 import (Accuracy, Metric, as_float32, as_list, as_number, brief, copy_nest, device_of, is_sum,
+                       join_nests, n_rows, weigher, whole_number)
 
 _all_ = ['Metric', 'Accuracy']  # what a Learner is given, from one place
 
 # %% ../nbs/10_learner.ipynb #100030
-EVENTS = ('before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_loss', 'after_backward', 'after_step',
-          'after_batch', 'cleanup_batch', 'after_epoch', 'cleanup_epoch', 'after_fit', 'cleanup_fit')
+EVENTS = ('before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_loss', 'after_backward',
+          'after_step', 'after_batch', 'cleanup_batch', 'after_epoch', 'cleanup_epoch', 'after_fit',
+          'cleanup_fit')
+STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
 
 class CancelBatch(Exception): "Raise it in a callback to skip the rest of the batch, except its cleanup."
 class CancelEpoch(Exception): "Raise it in a callback to skip the rest of the epoch, except its cleanup."
 class CancelFit(Exception): "Raise it in a callback to end the fit after its cleanup."
 
 # %% ../nbs/10_learner.ipynb #100200
-STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
-
 _WORDS = (  # what the names of other libraries speak of, and the event here
     ('exception|interrupt|cancel', 'cleanup_fit'), ('before_step|optimizer|backward|grad', 'after_backward'),
-    ('valid|val_|test|eval|loader|before_train$|after_train$', '{}_fit or around_pass'), ('loss', 'after_loss'),
-    ('pred|forward', 'after_predict'), ('epoch', '{}_epoch'), ('batch|iter|step', '{}_batch'), ('', '{}_fit'))
+    ('valid|val_|test|eval|loader|before_train$|after_train$', '{}_fit or around_pass'),
+    ('loss', 'after_loss'), ('pred|forward', 'after_predict'), ('epoch', '{}_epoch'),
+    ('batch|iter|step', '{}_batch'), ('', '{}_fit'))
 
 def _event_here(name):
     "What an event of another library is called here; None if `name` is no such event."
     if name in ('training_step', 'validation_step', 'test_step', 'predict_step', 'configure_optimizers'):
         return 'to override a method of Learner'
-    known = name in ('setup', 'teardown') or re.match('(on|begin|before|after|cleanup)_', name)
     word = 'fit|train|epoch|batch|iter|step|eval|predict|valid|validation|test|loss|backward|run|loader|stage'
-    known = known or re.search(f'^(optimizer|trigger)_|({word})_(begin|start|end|computed|completed|started)$', name)
-    if not known: return None
+    known = ('setup$|teardown$|(on|begin|before|after|cleanup|optimizer|trigger)_|'
+             f'.*({word})_(begin|start|end|computed|completed|started)$')
+    if not re.match(known, name): return None
     when = 'after' if re.search('end$|^after|teardown|computed', name) else 'before'
     return next(here for words, here in _WORDS if re.search(words, name)).format(when)
 
@@ -60,8 +61,8 @@ def _check_name(owner, name, is_method):
     "Raise `TypeError` if a method of a callback has a name that would never be called."
     if name in EVENTS or not is_method and not name.startswith(('before_', 'after_', 'cleanup_')): return
     if name in STEPS:
-        raise TypeError(f'expected an event, got {owner}.{name}, a step: override it in a subclass of Learner, '
-                        f'or set learn.{name} in before_fit')
+        raise TypeError(f'expected an event, got {owner}.{name}, a step: override it in a subclass of '
+                        f'Learner, or set learn.{name} in before_fit')
     here = _event_here(name) or next(iter(get_close_matches(name, EVENTS, n=1, cutoff=0.8)), None)
     if here: raise TypeError(f'expected an event, got {owner}.{name}: did you mean {here}?')
 
@@ -91,6 +92,11 @@ class Learner:
     "Model, data, loss and optimizer, and the loop that trains them, announcing its `EVENTS` to callbacks."
     default_cbs = ()  # the classes of callbacks that every Learner begins with
     debug = None      # keep the local variables in a traceback; None: where a debugger may look at them
+    running, depth = (), 0  # the callbacks of the fit that is running, and how many fits and passes are open
+    by_loss_func = False    # whether the loss of the batch is what the loss function gave
+    fitting = failed = asks_closure = False
+    opt = batch = pred = loss = max_batches = _made = _told = None
+    _weigher = None, None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -98,85 +104,98 @@ class Learner:
 
     def __init__(self,
                  model:nn.Module, # called with all fields of a batch but the last
-                 dls, # pair of iterables of batches (x, ..., y), to train and to validate; the second may be None
+                 dls, # pair of iterables of batches (x, ..., y), to train on and to validate on (or None)
                  loss_func=F.cross_entropy, # (predictions, targets) -> mean loss of a batch, 0-d Tensor
                  opt_func=torch.optim.SGD, # (parameters, lr=lr) -> optimizer as in torch.optim
                  lr:float=0.1, # learning rate, at least 0
-                 metrics=(), # functions (predictions, targets) -> mean, `Metric`s, torchmetrics objects; a dict names them
+                 metrics=(), # functions (predictions, targets) -> mean, `Metric`s, or a dict that names them
                  cbs=(), # `Callback`s; one of a default's class takes its place
                  progress:bool=True): # show a table, and a bar where there is a screen
         _check_parts(model, dls, loss_func, opt_func, lr)
-        self.model, self.dls, self.loss_func, self.opt_func, self.lr = model, tuple(dls), loss_func, opt_func, lr
-        self.metrics = metrics if type(metrics) is dict else as_list(metrics)
-        self.progress, self.opt, cbs = progress, None, as_list(cbs)
+        self.model, self.dls, self.loss_func, self.opt_func = model, tuple(dls), loss_func, opt_func
+        self.lr, self.progress, self.results = lr, progress, {}  # of the last epoch, name -> number
+        self.metrics, cbs = metrics if type(metrics) is dict else as_list(metrics), as_list(cbs)
         self.cbs = [cb() for cb in self.default_cbs if not any(isinstance(c, cb) for c in cbs)] + cbs
-        self.batch = self.pred = self.loss = None
-        self.by_loss_func = False  # whether the loss of the batch is what the loss function gave
-        self.running = ()  # the callbacks of the fit that is running, in their order
-        self.results = {}  # of the last epoch, name -> number
-        self.depth = 0     # 1 in a fit, 2 in a fit or a pass within it
-        self.fitting, self.failed, self.asks_closure, self.max_batches = False, False, False, None
-        self._made, self._told, self._weigher = None, [], (None, None)
 
-    @property
-    def xb(self): return _fields(self.batch, 2)[:-1]
-    @property
-    def yb(self): return _fields(self.batch)[-1]
-    @property
-    def modules(self) -> list: # what is trained: the model, and the loss function if it is a module
-        return [m for m in (self.model, self.loss_func) if isinstance(m, nn.Module)]
-
-    def n_rows(self) -> int: # rows of the running batch, by its target; override it for batches of another form
-        return len(self.yb) if isinstance(self.yb, Tensor) and self.yb.ndim else n_rows(self.yb, self.xb)
-
-    def predict(self, *inputs):  # with inputs: predictions for them, see below
-        if inputs: return self.predict_inputs(*inputs)
-        self.pred = self.model(*self.xb)
-
-    def get_loss(self): self.loss, self.by_loss_func = self.loss_func(self.pred, self.yb), True
-    def backward(self): self.loss.backward()
-    def step(self): self.opt.step(self.closure) if self.asks_closure else self.opt.step()
-    def zero_grad(self): self.opt.zero_grad()
-
-    def closure(self) -> Tensor: # the loss
-        "Gradients computed anew, for optimizers that ask for them several times a step."
-        self.zero_grad()
-        self.predict()
-        self.get_loss()
-        self.backward()
-        for f in self._on.after_backward: f(self)
-        return self.loss
+    def n_rows(self) -> int: # rows of the running batch, by its target; override it for other batches
+        target = self.yb
+        return len(target) if isinstance(target, Tensor) and target.ndim else n_rows(target, self.xb)
 
 # %% ../nbs/10_learner.ipynb #100201
 def _check_parts(model, dls, loss_func, opt_func, lr):
     "Raise `TypeError` or `ValueError` unless a Learner can be made of these."
-    if not isinstance(model, nn.Module): raise TypeError(f'expected an nn.Module as model, got {brief(model)}')
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'expected an nn.Module as model, got {brief(model)}')
     if not isinstance(dls, (tuple, list)) or len(dls) != 2:
-        raise ValueError(f'expected dls to be a pair (training, validation or None), got {type(dls).__name__}')
+        raise ValueError('expected dls to be a pair (training, validation or None), got '
+                         f'{type(dls).__name__}')
     for name, value in dict(loss_func=loss_func, opt_func=opt_func).items():
-        if not callable(value) and value is not None: raise TypeError(f'expected a function as {name}, got {brief(value)}')
-    for dl in dls:
-        if isinstance(dl, (Dataset, torch.utils.data.Dataset)):
-            raise TypeError('expected loaders of batches in dls, got a dataset: get_dls makes loaders of datasets')
+        if not callable(value) and value is not None:
+            raise TypeError(f'expected a function as {name}, got {brief(value)}')
+    if any(isinstance(dl, (Dataset, torch.utils.data.Dataset)) for dl in dls):
+        raise TypeError('expected loaders of batches in dls, got a dataset: get_dls makes loaders')
     _check_lr(lr)
 
+def _check_lr(lr):
+    if isinstance(lr, (int, float, Tensor)) and not 0 <= float(lr) < math.inf:
+        raise ValueError(f'expected a learning rate of at least 0, got {lr}')
+
+# %% ../nbs/10_learner.ipynb #100383
+@patch(as_prop=True)
+def xb(self:Learner) -> tuple:
+    "The inputs of the running batch."
+    return _fields(self.batch, 2)[:-1]
+
+@patch(as_prop=True)
+def yb(self:Learner):
+    "The target of the running batch."
+    return _fields(self.batch)[-1]
+
+@patch(as_prop=True)
+def modules(self:Learner) -> list:
+    "What is trained: the model, and the loss function if it is a module."
+    return [m for m in (self.model, self.loss_func) if isinstance(m, nn.Module)]
+
+def _fields(batch, least=1):
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(f'expected a batch (x, ..., y), got {type(batch).__name__}: override xb and yb')
+    if len(batch) >= least: return batch
+    raise ValueError(f'expected a batch (x, ..., y), got {len(batch)} field: inputs without targets?')
+
+# %% ../nbs/10_learner.ipynb #100384
+@patch
+def predict(self:Learner,
+            *inputs): # for the model; none: the running batch
+    "The step: predictions for the batch, in `pred`. With inputs: their predictions, see `predict_inputs`."
+    if inputs: return self.predict_inputs(*inputs)
+    self.pred = self.model(*self.xb)
+
+@patch
+def get_loss(self:Learner): self.loss, self.by_loss_func = self.loss_func(self.pred, self.yb), True
+@patch
+def backward(self:Learner): self.loss.backward()
+@patch
+def step(self:Learner): self.opt.step(self.closure) if self.asks_closure else self.opt.step()
+@patch
+def zero_grad(self:Learner): self.opt.zero_grad()
+
+@patch
+def closure(self:Learner) -> Tensor: # the loss
+    "Gradients computed anew, for optimizers that ask for them several times a step."
+    self.zero_grad()
+    self.predict()
+    self.get_loss()
+    self.backward()
+    for f in self._on.after_backward: f(self)
+    return self.loss
+
+# %% ../nbs/10_learner.ipynb #100388
 def _also_for_inputs(step):
     "An overridden step `predict` that gives predictions for inputs, too, as the Learner's does."
     if len(inspect.signature(step).parameters) > 1: return step
     @wraps(step)
     def predict(self, *inputs): return self.predict_inputs(*inputs) if inputs else step(self)
     return predict
-
-def _fields(batch, least=1):
-    if not isinstance(batch, (tuple, list)):
-        raise TypeError(f'expected a batch (x, ..., y), got {type(batch).__name__}: override xb and yb for others')
-    if len(batch) < least: raise ValueError(f'expected a batch (x, ..., y), got {len(batch)} field: inputs without targets?')
-    return batch
-
-def _length(dl):
-    "Batches in `dl`; None if it can't know."
-    try: return len(dl)
-    except (TypeError, NotImplementedError): return None
 
 # %% ../nbs/10_learner.ipynb #100036
 @patch
@@ -243,6 +262,7 @@ def _one_epoch(self:Learner):
     self._one_pass(self.dls[0], training=True)
     if self.dls[1] is not None: self._one_pass(self.dls[1], training=False)
 
+# %% ../nbs/10_learner.ipynb #100393
 @patch
 def _one_pass(self:Learner, dl, training):
     start = getattr(dl, 'first_batch', 0)  # its number, if some were done before
@@ -260,14 +280,19 @@ def _one_pass(self:Learner, dl, training):
         raise ValueError(f'expected batches to {"train" if training else "validate"} on, got none: '
                          'too few rows for drop_last, or a generator that is used up?')
 
+def _length(dl):
+    "Batches in `dl`; None if it can't know."
+    try: return len(dl)
+    except (TypeError, NotImplementedError): return None
+
 # %% ../nbs/10_learner.ipynb #100202
 @patch
 def create_opt(self:Learner):
     "Make the optimizer, for the parameters of all `modules`; override it to group them."
     maker = getattr(self.opt_func, 'func', self.opt_func)  # what a functools.partial calls
-    params = maker.split_params(*self.modules) if hasattr(maker, 'split_params') else [*_params(self).values()]
-    lr = self.lr.detach().clone() if isinstance(self.lr, Tensor) else self.lr  # which the optimizer may change
-    self.opt = self.opt_func(params, lr=lr)
+    if hasattr(maker, 'split_params'): params = maker.split_params(*self.modules)
+    else: params = [*_params(self).values()]
+    self.opt = self.opt_func(params, lr=_as_it_is(self.lr))
     _check_opt(self.opt)
     self._made = _Made(self, by_default=True)
 
@@ -275,23 +300,48 @@ def _params(learn):
     "All parameters of the modules, id -> parameter, each once."
     return {id(p): p for m in learn.modules for p in m.parameters()}
 
+def _as_it_is(value):
+    "A number that will not change when a tensor does; nan for none."
+    if value is None: return math.nan
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+def _check_opt(opt):
+    "Raise unless an optimizer has groups of parameters with rates that make sense."
+    if not hasattr(opt, 'param_groups'):
+        raise TypeError(f'expected an optimizer as in torch.optim, got {type(opt).__name__}')
+    for lr in [group.get('lr') for group in opt.param_groups]: _check_lr(lr)
+
+# %% ../nbs/10_learner.ipynb #100203
 class _Made:
     "What an optimizer was made of."
     def __init__(self, learn, by_default=False):
-        self.opt, self.opt_func, self.lr, self.by_default = learn.opt, learn.opt_func, learn.lr, by_default
-        if isinstance(self.lr, Tensor): self.lr = self.lr.detach().clone()
+        self.opt, self.opt_func, self.lr = learn.opt, learn.opt_func, _as_it_is(learn.lr)
+        self.by_default = by_default
         self.rates = [float(g['lr']) if g.get('lr') is not None else None for g in learn.opt.param_groups]
         self.given, owned = [*_params(learn).values()], _owned(learn.opt)
         self.left_out = [p for p in self.given if p.requires_grad and id(p) not in owned]
 
 def _owned(opt): return {id(p) for group in opt.param_groups for p in group['params']}
 
-# %% ../nbs/10_learner.ipynb #100203
+@patch
+def _new_lr(self:Learner, made):
+    "Use a changed `lr`, in proportion, where the rates are as they were made; say so where they are not."
+    _check_lr(self.lr)
+    groups, old, new = self.opt.param_groups, float(made.lr), float(self.lr)
+    rates = [float(group['lr']) for group in groups]
+    if rates != made.rates:
+        return warnings.warn(f'lr is {new:g} now, but something else has changed the rates of the optimizer: '
+                             f'it goes on with {rates}; give fit an lr, or reset_opt=True')
+    made.rates = [new if rate == old else rate*new/old for rate in made.rates]
+    for group, rate in zip(groups, made.rates): group['lr'] = rate
+    made.lr = _as_it_is(self.lr)
+
+# %% ../nbs/10_learner.ipynb #100396
 @patch
 def ready_opt(self:Learner,
               reset:bool=False): # make a new optimizer even if there is one
-    "See that there is an optimizer, and that it goes by the Learner's `opt_func` and `lr`, if these were changed."
-    made = getattr(self, '_made', None)
+    "See that there is an optimizer, and that it goes by the Learner's `opt_func` and `lr`."
+    made = self._made
     if made and made.opt is not self.opt: made = None
     if self.opt is None or reset or made and made.opt_func is not self.opt_func:
         self.create_opt()
@@ -303,68 +353,116 @@ def ready_opt(self:Learner,
     self.asks_closure = closure is not None and closure.default is closure.empty
     self.adopt()
 
-@patch
-def _new_lr(self:Learner, made):
-    "Use a changed `lr`, in proportion, where the rates are as they were made; say so where they are not."
-    _check_lr(self.lr)
-    groups, old, new = self.opt.param_groups, float(made.lr), float(self.lr)
-    if [float(g['lr']) for g in groups] != made.rates:
-        return warnings.warn(f'lr is {new:g} now, but something else has changed the rates of the optimizer: it goes on with '
-                             f'{[float(g["lr"]) for g in groups]}; give fit an lr, or reset_opt=True')
-    made.rates = [new if rate == old else rate*new/old for rate in made.rates]
-    for group, rate in zip(groups, made.rates): group['lr'] = rate
-    made.lr = self.lr.detach().clone() if isinstance(self.lr, Tensor) else self.lr
-
-def _check_opt(opt):
-    "Raise unless an optimizer has groups of parameters with rates that make sense."
-    if not hasattr(opt, 'param_groups'): raise TypeError(f'expected an optimizer as in torch.optim, got {type(opt).__name__}')
-    for lr in [group.get('lr') for group in opt.param_groups]: _check_lr(lr)
-
-def _check_lr(lr):
-    if isinstance(lr, (int, float, Tensor)) and not 0 <= float(lr) < math.inf:
-        raise ValueError(f'expected a learning rate of at least 0, got {lr}')
-
 # %% ../nbs/10_learner.ipynb #100204
 @patch
-def adopt(self:Learner):
-    """Give the optimizer the parameters that came since it was made, in the group that others have left, or its last one;
-    drop those that have gone. Returns the names of the new ones."""
-    params, owned, made = _params(self), _owned(self.opt), self._made
-    known = owned | ({id(p) for p in made.left_out} if made else set())
+def adopt(self:Learner) -> list: # the names of the new ones
+    "Give the optimizer the parameters that came since it was made, and drop those that have gone."
+    params, made = _params(self), self._made
+    known = _owned(self.opt) | ({id(p) for p in made.left_out} if made else set())
     new = {i: p for i, p in params.items() if p.requires_grad and i not in known}
-    names = [name for m in self.modules for name, p in m.named_parameters() if id(p) in new]
     if not new: return []
+    names = [name for m in self.modules for name, p in m.named_parameters() if id(p) in new]
     if not made or made.opt is not self.opt or not made.by_default: return self._tell(names)
-    groups, gone = self.opt.param_groups, {id(p): p for p in made.given if id(p) not in params}
-    if not owned & params.keys():
-        self.create_opt()
-        for group, old in zip(self.opt.param_groups, groups):
-            group.update({k: v for k, v in old.items() if k not in ('params', 'param_names')})
-        return names
+    if _owned(self.opt) & params.keys(): self._take_in(new, params)
+    else: self._start_anew()
+    return names
+
+@patch
+def _tell(self:Learner, names):
+    if names != self._told:
+        warnings.warn(f'the optimizer was made elsewhere, and does not train {", ".join(names[:3])}'
+                      f'{" and others" if len(names) > 3 else ""}: reset_opt=True makes one that does')
+    self._told = names
+    return []
+
+@patch
+def _start_anew(self:Learner):
+    "A new optimizer with the options of the old one, none of whose parameters is left."
+    old = self.opt.param_groups
+    self.create_opt()
+    for group, options in zip(self.opt.param_groups, old):
+        group.update({k: v for k, v in options.items() if k not in ('params', 'param_names')})
+
+# %% ../nbs/10_learner.ipynb #100398
+@patch
+def _take_in(self:Learner, new, params):
+    "Put new parameters in the group that others have left, or the last one, in the order of a new optimizer."
+    groups, made = self.opt.param_groups, self._made
+    gone = {id(p): p for p in made.given if id(p) not in params}
     left = [group for group in groups if any(id(p) in gone for p in group['params'])]
     for group in groups: group['params'][:] = [p for p in group['params'] if id(p) not in gone]
     for p in gone.values(): self.opt.state.pop(p, None)
     place = {i: n for n, i in enumerate(params)}
     group = left[0] if len(left) == 1 else groups[-1]
     group['params'] += new.values()
-    group['params'].sort(key=lambda p: place.get(id(p), -1))  # as in a new optimizer
+    group['params'].sort(key=lambda p: place.get(id(p), -1))
     made.given = [*params.values()]
-    return names
-
-@patch
-def _tell(self:Learner, names):
-    if names == self._told: return
-    self._told = names
-    warnings.warn(f'the optimizer was made elsewhere, and does not train {", ".join(names[:3])}'
-                  f'{" and others" if len(names) > 3 else ""}: reset_opt=True makes one that does')
 
 def load_opt_state(opt, # torch.optim.Optimizer
                    state:dict): # from its `state_dict`, or that of another with the same groups
-    "Take over state and options as `load_state_dict` does, and keep the dicts of `param_groups`, which others may hold."
+    "As `opt.load_state_dict`, but the dicts of `param_groups`, which others may hold, stay the same objects."
     groups = opt.param_groups
     opt.load_state_dict(state)
     for group, new in zip(groups, opt.param_groups): group.update(new)
     opt.param_groups = groups
+
+# %% ../nbs/10_learner.ipynb #100205
+@patch
+def rates(self:Learner,
+          lr, # one for all parameter groups, a list of one each, or a slice; None: as they are
+         ) -> list: # one learning rate a group
+    """Learning rates for the optimizer's groups: `slice(lo, hi)` rises by the same factor from the first to
+    the last, `slice(hi)` gives hi to the last and hi/10 to the others. Raises `ValueError` for others."""
+    groups = self.opt.param_groups
+    n = len(groups)
+    if lr is None: return [group['lr'] for group in groups]
+    if isinstance(lr, slice): lr = _spread(lr, n)
+    rates = list(lr) if isinstance(lr, (tuple, list)) else [lr]*n
+    if len(rates) != n: raise ValueError(f'expected {n} learning rates, one a group, got {len(rates)}')
+    for rate in rates:
+        try: fine = 0 < float(rate) < math.inf and not isinstance(rate, (str, bool))
+        except (TypeError, ValueError, RuntimeError): fine = False
+        if not fine: raise ValueError(f'expected learning rates above 0, got {rate!r}')
+    return [float(rate) for rate in rates]
+
+def _spread(lr, n):
+    "The rates that a slice means for `n` groups."
+    lo, hi = lr.start, lr.stop
+    if not all(v is None or isinstance(v, (int, float)) for v in (lo, hi)):
+        raise ValueError(f'expected numbers in a slice, got {lr}')
+    if hi is None or lr.step is not None or lo is not None and not (lo > 0 and hi > 0):
+        raise ValueError(f'expected slice(hi) or slice(lo, hi) with rates above 0, got {lr}')
+    if n == 1: return [hi]
+    return [hi/10]*(n - 1) + [hi] if lo is None else [lo*(hi/lo)**(i/(n - 1)) for i in range(n)]
+
+# %% ../nbs/10_learner.ipynb #100041
+_STATE = ('_on', 'running', 'training', 'iter', 'n_iter', 'epoch', 'n_epochs', 'max_batches', 'batch', 'pred',
+          'loss', 'by_loss_func', 'depth', 'fitting', 'failed', '_plain')
+
+@patch
+def _remember(self:Learner):
+    "A function that puts back what a fit or a pass changes: Learner, modules, and a fit around it."
+    before = {k: getattr(self, k, None) for k in _STATE}
+    if self.depth: before |= {k: vars(self)[k] for k in ('results', 'recorder') if k in vars(self)}
+    outer = [(cb, vars(cb).copy()) for cb in self.running]
+    modes = [(m, m.training) for part in self.modules for m in part.modules()]
+    steps = self._replaced_steps()
+    def put_back():
+        vars(self).update(before)
+        self._set_steps(steps)
+        for cb, values in outer:
+            vars(cb).clear()
+            vars(cb).update(values)
+        for m, mode in modes: m.training = mode
+    return put_back
+
+@patch
+def _replaced_steps(self:Learner): return {k: vars(self)[k] for k in STEPS if k in vars(self)}
+
+@patch
+def _set_steps(self:Learner, steps):
+    for name in STEPS: vars(self).pop(name, None)
+    vars(self).update(steps)
 
 # %% ../nbs/10_learner.ipynb #100040
 def _holds_tensor(value):
@@ -386,119 +484,71 @@ def _let_go(error):
             with suppress(RuntimeError): frame.clear()  # raised for a frame that is still running
             frame.f_locals                              # before Python 3.13: forgets the snapshot taken above
 
-# %% ../nbs/10_learner.ipynb #100041
-_STATE = ('_on', 'running', 'training', 'iter', 'n_iter', 'epoch', 'n_epochs', 'max_batches', 'batch', 'pred', 'loss',
-          'by_loss_func', 'depth', 'fitting', 'failed', '_plain')
-
+# %% ../nbs/10_learner.ipynb #100406
 @patch
 @contextmanager
-def nested(self:Learner, cbs, fitting=False):
+def nested(self:Learner,
+           cbs=(), # callbacks that take part
+           fitting:bool=False): # whether it is a fit, rather than a pass
+    "The frame around a fit or a pass, which may be within another one: afterwards all is as it was before."
     cbs = tuple(sorted(map(_checked, cbs), key=lambda cb: cb.order))
     if self.depth == 10:
-        raise RecursionError('expected fits within each other to be 10 deep at most: does a callback validate in validation?')
-    before = {k: getattr(self, k, None) for k in _STATE}
-    outer = [(cb, vars(cb).copy()) for cb in self.running]
-    if self.depth: before |= {k: vars(self)[k] for k in ('results', 'recorder') if k in vars(self)}
-    modes = [(m, m.training) for part in self.modules for m in part.modules()]
-    steps = {k: vars(self)[k] for k in STEPS if k in vars(self)}  # replaced in this Learner alone
+        raise RecursionError('expected fits within each other 10 deep at most: does a callback validate?')
+    put_back, plain = self._remember(), self._replaced_steps()
     torch.clear_autocast_cache()  # within a batch, weights may be kept there in 16 bits
-    if not self.depth: self._plain = steps
+    if not self.depth: self._plain = plain
     elif fitting: self._set_steps(self._plain)
-    self.running, self.depth, self.fitting, self.failed, self.max_batches = cbs, self.depth + 1, fitting, False, None
+    self.running, self.depth, self.fitting = cbs, self.depth + 1, fitting
+    self.failed, self.max_batches = False, None
     self._on = SimpleNamespace(**{e: tuple(getattr(cb, e) for cb in cbs if hasattr(cb, e)) for e in EVENTS})
     try: yield
     except BaseException as error:
-        keep = _may_be_looked_at(error) if self.debug is None else self.debug
-        if not keep: _let_go(error)
+        if not (_may_be_looked_at(error) if self.debug is None else self.debug): _let_go(error)
         raise
     finally:
-        vars(self).update(before)
+        put_back()
         torch.clear_autocast_cache()
-        self._set_steps(steps)
-        for cb, values in outer:
-            vars(cb).clear()
-            vars(cb).update(values)
-        for m, mode in modes: m.training = mode
 
 def _checked(cb):
     if isinstance(cb, Callback): return cb
     raise TypeError(f'expected a Callback, got {cb!r}' + (': call it?' if isinstance(cb, type) else ''))
 
-@patch
-def _set_steps(self:Learner, steps):
-    for name in STEPS: vars(self).pop(name, None)
-    vars(self).update(steps)
-
-# %% ../nbs/10_learner.ipynb #100205
-@patch
-def rates(self:Learner,
-          lr, # one for all parameter groups, a list of one each, or a slice; None: as they are
-         ) -> list: # one learning rate a group
-    """Learning rates for the optimizer's groups: `slice(lo, hi)` rises by the same factor from the first to the last,
-    `slice(hi)` gives hi to the last and hi/10 to the others. Raises `ValueError` for what is not above 0."""
-    groups = self.opt.param_groups
-    n = len(groups)
-    if lr is None: return [group['lr'] for group in groups]
-    if isinstance(lr, slice): lr = _spread(lr, n)
-    rates = list(lr) if isinstance(lr, (tuple, list)) else [lr]*n
-    if len(rates) != n: raise ValueError(f'expected {n} learning rates, one a group, got {len(rates)}')
-    for rate in rates:
-        try: fine = 0 < float(rate) < math.inf and not isinstance(rate, (str, bool))
-        except (TypeError, ValueError, RuntimeError): fine = False
-        if not fine: raise ValueError(f'expected learning rates above 0, got {rate!r}')
-    return [float(rate) for rate in rates]
-
-def _spread(lr, n):
-    "The rates that a slice means for `n` groups."
-    lo, hi = lr.start, lr.stop
-    if not all(v is None or isinstance(v, (int, float)) for v in (lo, hi)): raise ValueError(f'expected numbers in a slice, got {lr}')
-    if hi is None or lr.step is not None or lo is not None and not (lo > 0 and hi > 0):
-        raise ValueError(f'expected slice(hi) or slice(lo, hi) with rates above 0, got {lr}')
-    if n == 1: return [hi]
-    return [hi/10]*(n - 1) + [hi] if lo is None else [lo*(hi/lo)**(i/(n - 1)) for i in range(n)]
-
 # %% ../nbs/10_learner.ipynb #100042
 @patch
 def fit(self:Learner,
-        n_epochs:int, # passes over the training data, each followed by one over the validation data; at least 1
-        lr=None, # rate for this fit, > 0: one for all parameter groups, a list, or a slice; None: as the optimizer has it
+        n_epochs:int, # passes over the training data, each followed by validation; at least 1
+        lr=None, # for this fit, > 0: one for all parameter groups, a list, or a slice; None: the optimizer's
         cbs=(), # more callbacks, for this fit; one of a default's class takes its place
         reset_opt:bool=False, # make a new optimizer instead of going on with the old one
         max_batches:int=None): # end each pass after so many batches, for a quick look; None: all
-    "Train. However it ends, the Learner stays usable; raises `ValueError` for a wrong `n_epochs`, `lr` or empty data."
+    "Train. However it ends, the Learner stays usable; raises `ValueError` for wrong numbers or empty data."
     n_epochs = whole_number(n_epochs, 'n_epochs')
     if max_batches is not None: whole_number(max_batches, 'max_batches')
     self.ready_opt(reset_opt)
-    rates, before = self.rates(lr), [group['lr'] for group in self.opt.param_groups]
+    before = self.rates(None)
     kept = [(p, p.grad) for p in _params(self).values()] if self.depth else []  # of a fit around this one
     try:
         if kept: self.zero_grad()
-        if lr is not None:
-            for group, rate in zip(self.opt.param_groups, rates): group['lr'] = rate
+        if lr is not None: self._set_rates(self.rates(lr))
         with self.nested(self._with(cbs), fitting=True):
             self.n_epochs, self.epoch, self.max_batches = n_epochs, 0, max_batches
             self._phase('fit', self._epochs, CancelFit)
     finally:
-        if lr is not None:
-            for group, rate in zip(self.opt.param_groups, before): group['lr'] = rate
+        if lr is not None: self._set_rates(before)
         self.zero_grad()
         for p, grad in kept: p.grad = grad
 
+@patch
+def _set_rates(self:Learner, rates):
+    for group, rate in zip(self.opt.param_groups, rates): group['lr'] = rate
+
+# %% ../nbs/10_learner.ipynb #100409
 @patch
 def _with(self:Learner, cbs):
     "The Learner's callbacks and more of them, each once, defaults replaced by those of their class."
     new = [cb for cb in as_list(cbs) if not any(cb is own for own in self.cbs)]
     replaced = [cb for cb in self.default_cbs if any(isinstance(c, cb) for c in new)]
     return [cb for cb in self.cbs if type(cb) not in replaced] + new
-
-# %% ../nbs/10_learner.ipynb #100067
-class Loss(Metric):
-    "The loss that the Learner computes, however it does that."
-    def __init__(self, name='loss'): super().__init__(None, name)
-    def accumulate(self, learn):
-        n = learn.weight_later()
-        if is_sum(learn.loss_func) and learn.by_loss_func: self.add(learn.loss/n, n)
-        else: self.add(learn.loss, n)
 
 # %% ../nbs/10_learner.ipynb #100207
 @patch
@@ -510,11 +560,19 @@ def loss_weight(self:Learner): # a number, or a 0-d Tensor
     return self.n_rows() if weight is None else weight
 
 @patch
-def weight_later(self:Learner): # as `loss_weight`, or a pair (weigher, classes)
-    "The weight of the batch, or what it is to be counted from: counting a hundred batches at once costs next to nothing."
+def weight_later(self:Learner): # as `loss_weight`, or what it is to be counted from
+    "The weight of the batch, for a `Metric`."
     weigh = self._weigher[1] if self._weigher[0] is self.loss_func and self.by_loss_func else None
     later = weigh.later(self.yb) if hasattr(weigh, 'later') else None
     return self.loss_weight() if later is None else later
+
+class Loss(Metric):
+    "The loss that the Learner computes, however it does that."
+    def __init__(self, name='loss'): super().__init__(None, name)
+    def accumulate(self, learn):
+        n = learn.weight_later()
+        if is_sum(learn.loss_func) and learn.by_loss_func: self.add(learn.loss/n, n)
+        else: self.add(learn.loss, n)
 
 # %% ../nbs/10_learner.ipynb #100071
 class Metrics(Callback):
@@ -532,81 +590,88 @@ class Metrics(Callback):
         if apart: valid = copy.deepcopy(valid)
         self.sets = {True: copy.deepcopy(valid) if self.train else [Loss()], False: valid}
         self.probed = set()
-        self.columns = {training: [_prefix(m, training) + m.name for m in metrics if isinstance(m, Metric) and not m.keys]
-                        for training, metrics in self.sets.items()}  # others have names when they have values
+        self.columns = {training: [_prefix(m, training) + m.name for m in metrics if isinstance(m, Metric)]
+                        for training, metrics in self.sets.items()}  # others have names with their values
         self.check_columns()
         self.before_epoch(learn)
 
     def before_epoch(self, learn):
         for m in self.sets[True] + self.sets[False]: m.reset()
 
-    def after_loss(self, learn):
-        loss, *others = self.sets[learn.training]
-        if others: self.measure(learn, others)
-        loss.accumulate(learn)
-        if learn.training not in self.probed: self.probe(learn)
-
-    @torch.no_grad()
-    def measure(self, learn, metrics):
-        first = learn.training not in self.probed
-        for m in metrics:
-            if hasattr(m, 'accumulate'): m.accumulate(learn)
-            else: (m.to(device_of(learn.pred)) if first and hasattr(m, 'to') else m).update(learn.pred, learn.yb)
-
-    def probe(self, learn):
-        "After the first batch, see that every metric gives numbers, under names of their own."
-        training = learn.training
-        self.probed.add(training)
-        self.columns[training] = [name for m in self.sets[training] for name in _columns(m, _first_value(m), training)]
-        self.check_columns()
+    def after_epoch(self, learn): learn.results = self.read()
 
     def check_columns(self):
         names = [*self.columns[True], *self.columns[False], 'epoch', 'seconds']
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice: raise ValueError(f'expected metrics of different names, got {", ".join(twice)} twice')
 
-    def after_epoch(self, learn): learn.results = self.read()
+# %% ../nbs/10_learner.ipynb #100423
+@patch
+def after_loss(self:Metrics, learn):
+    loss, *others = self.sets[learn.training]
+    if others: self.measure(learn, others)
+    loss.accumulate(learn)
+    if learn.training not in self.probed: self.probe(learn)
 
-    def read(self):
-        values = {}
-        for training, metrics in self.sets.items():
-            for m in metrics if metrics[0].begun else (): values |= _columns(m, m.compute(), training)
-        devices = {v.device for v in values.values()}
-        device = next((d for d in devices if d.type != 'cpu'), torch.device('cpu'))
-        return dict(zip(values, torch.stack([v.to(device) for v in values.values()]).tolist())) if values else {}
+@patch
+@torch.no_grad()
+def measure(self:Metrics, learn, metrics):
+    first = learn.training not in self.probed
+    for m in metrics:
+        if hasattr(m, 'accumulate'): m.accumulate(learn)
+        else: (m.to(device_of(learn.pred)) if first and hasattr(m, 'to') else m).update(learn.pred, learn.yb)
 
-Learner.default_cbs += (Metrics,)
-
-# %% ../nbs/10_learner.ipynb #100208
-def _metrics_of(metrics):
-    "Metric objects from functions and objects, or from a dict of them by name; raises `TypeError` for anything else."
-    named = metrics.items() if type(metrics) is dict else [(None, m) for m in as_list(metrics)]
-    for _, m in named:
-        if isinstance(m, type): raise TypeError(f'expected metrics, got the class {m.__name__}: call it?')
-        if not callable(m) and not hasattr(m, 'compute'): raise TypeError(f'expected functions as metrics, got {brief(m)}')
-    return [m if hasattr(m, 'compute') else Metric(m, name) for name, m in named]
-
-def _metric_name(metric): return str(getattr(metric, 'name', type(metric).__name__))
-
-def _columns(metric, value, training):
-    "What a metric found, as columns of the table: name -> 0-d Tensor; raises `ValueError` for a matrix and the like."
-    name = _metric_name(metric)
-    if isinstance(value, Mapping): found = dict(value)
-    else:
-        try: value = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name}: expected numbers, got {brief(value)}') from None
-        if value.ndim > 1 and value.numel() > 1:
-            raise ValueError(f'{name}: expected a number, a vector or a dict, got shape {tuple(value.shape)}')
-        found = {name: value} if value.numel() == 1 else {f'{name}_{i}': v for i, v in enumerate(value)}
-    return {f'{_prefix(metric, training)}{k}': as_number(v, k).detach() for k, v in found.items()}
-
-def _prefix(metric, training): return 'train_' if training else 'valid_' if isinstance(metric, Loss) else ''
+@patch
+def probe(self:Metrics, learn):
+    "After the first batch, see that every metric gives numbers, under names of their own."
+    training = learn.training
+    self.probed.add(training)
+    self.columns[training] = [k for m in self.sets[training] for k in _columns(m, _first_value(m), training)]
+    self.check_columns()
 
 def _first_value(metric):
     "What a metric says after one batch; nan if it can't say yet. Asked of a copy, and in silence."
     try:
         with warnings.catch_warnings(action='ignore'): return copy.deepcopy(metric).compute()
     except Exception: return math.nan
+
+# %% ../nbs/10_learner.ipynb #100208
+@patch
+def read(self:Metrics) -> dict: # name -> number
+    "What was measured so far, in one transfer from the device."
+    values = {}
+    for training, metrics in self.sets.items():
+        for m in metrics if metrics[0].begun else (): values |= _columns(m, m.compute(), training)
+    if not values: return {}
+    device = next((v.device for v in values.values() if v.device.type != 'cpu'), torch.device('cpu'))
+    return dict(zip(values, torch.stack([v.to(device) for v in values.values()]).tolist()))
+
+def _columns(metric, value, training):
+    "What a metric found, as columns: name -> 0-d Tensor; raises `ValueError` for a matrix and the like."
+    name = str(getattr(metric, 'name', type(metric).__name__))
+    if isinstance(value, Mapping): found = dict(value)
+    else:
+        try: value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f'{name}: expected numbers, got {brief(value)}') from None
+        if value.ndim > 1 and value.numel() > 1:
+            raise ValueError(f'{name}: expected a number, a vector or a dict, got shape {tuple(value.shape)}')
+        found = {name: value} if value.numel() == 1 else {f'{name}_{i}': v for i, v in enumerate(value)}
+    return {f'{_prefix(metric, training)}{k}': as_number(v, k).detach() for k, v in found.items()}
+
+# %% ../nbs/10_learner.ipynb #100425
+def _prefix(metric, training): return 'train_' if training else 'valid_' if isinstance(metric, Loss) else ''
+
+def _metrics_of(metrics):
+    "Metric objects from functions and objects, or a dict of them by name; raises `TypeError` for others."
+    named = metrics.items() if type(metrics) is dict else [(None, m) for m in as_list(metrics)]
+    for _, m in named:
+        if isinstance(m, type): raise TypeError(f'expected metrics, got the class {m.__name__}: call it?')
+        if not callable(m) and not hasattr(m, 'compute'):
+            raise TypeError(f'expected functions as metrics, got {brief(m)}')
+    return [m if hasattr(m, 'compute') else Metric(m, name) for name, m in named]
+
+Learner.default_cbs += (Metrics,)
 
 # %% ../nbs/10_learner.ipynb #100171
 def _is_plain(value):
@@ -632,7 +697,7 @@ def load_state_dict(self:Metrics, state:dict): # from `state_dict`
 
 # %% ../nbs/10_learner.ipynb #100077
 class Recorder(Callback):
-    "Keeps losses, learning rates and momenta by batch, results and seconds by epoch, of the last fit: `learn.recorder`."
+    "Keeps loss, rate and momentum of each batch, and results of each epoch, as `learn.recorder`."
     order, sweep, saved = 5, False, ('chunks', 'lrs', 'momenta', 'epochs')
     def before_fit(self, learn):
         learn.recorder = self
@@ -655,21 +720,48 @@ class Recorder(Callback):
     def _joined(self):  # (batches,)
         return torch.cat([c.reshape(-1) for c in self.chunks]) if self.chunks else torch.empty(0)
 
-    @property
-    def losses(self) -> Tensor: # training loss of each batch (steps,), on the CPU
-        "All training losses of the fit."
-        return self._joined().cpu()
+# %% ../nbs/10_learner.ipynb #100428
+@patch(as_prop=True)
+def losses(self:Recorder) -> Tensor: # training loss of each batch (steps,), on the CPU
+    "All training losses of the fit."
+    return self._joined().cpu()
 
 def get_momentum(group): # of an optimizer's `param_groups`
     "The momentum of a parameter group: its own entry, or the first of its betas; 0 if there is none."
     return group['momentum'] if 'momentum' in group else group['betas'][0] if 'betas' in group else 0
 
-def _as_it_is(value):
-    "A number that will not change when a tensor does; nan for none."
-    if value is None: return math.nan
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
 Learner.default_cbs += (Recorder,)
+
+# %% ../nbs/10_learner.ipynb #100080
+@patch
+def plot_loss(self:Recorder,
+              ax=None): # matplotlib axes; None: a new figure
+    "Draw the training loss, averaged over a hundredth of the fit, and the validation losses."
+    import matplotlib.pyplot as plt
+    if ax is None: ax = plt.subplots(figsize=(6, 2.8))[1]
+    losses, k = self.losses, max(1, len(self.losses)//100)
+    n = len(losses)//k
+    ax.plot(torch.arange(k//2, len(losses), k)[:n], losses[:n*k].view(n, k).mean(1), label='training')
+    valid = [row.get('valid_loss', math.nan) for row in self.epochs]
+    ax.plot([len(losses)*(i + 1)/len(valid) for i in range(len(valid))], valid, 'o-', label='validation')
+    ax.set(xlabel='batch', ylabel='loss')
+    if len(losses) and losses.min() > 0: ax.set(yscale='log', ylabel='loss (log scale)')
+    ax.legend()
+    return ax
+
+@patch
+def plot_lr(self:Recorder,
+            ax=None): # matplotlib axes; None: a new figure
+    "Draw the learning rate of each batch, and the momentum if it changes; return the axes."
+    import matplotlib.pyplot as plt
+    if ax is None: ax = plt.subplots(figsize=(6, 2.4))[1]
+    ax.plot(self.lrs, label='learning rate')
+    ax.set(xlabel='batch', ylabel='learning rate')
+    if len(set(map(float, self.momenta))) > 1:
+        momentum = ax.twinx()
+        momentum.plot(self.momenta, color=COLORS['vermillion'])
+        momentum.set_ylabel('momentum', color=COLORS['vermillion'])
+    return ax
 
 # %% ../nbs/10_learner.ipynb #100079
 @patch
@@ -693,40 +785,9 @@ def to_csv(self:Recorder,
         part.replace(path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/10_learner.ipynb #100080
-@patch
-def plot_loss(self:Recorder,
-              ax=None): # matplotlib axes; None: a new figure
-    "Draw the training loss, averaged over about a hundredth of the fit, and the validation losses; return the axes."
-    import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(6, 2.8))[1]
-    losses, k = self.losses, max(1, len(self.losses)//100)
-    ax.plot(torch.arange(k//2, len(losses), k)[:len(losses)//k], losses[:len(losses)//k*k].view(-1, k).mean(1),
-            label=f'training, mean of {k}' if k > 1 else 'training')
-    valid = [row.get('valid_loss', math.nan) for row in self.epochs]
-    ax.plot([len(losses)*(i + 1)/len(valid) for i in range(len(valid))], valid, 'o-', label='validation')
-    ax.set(xlabel='batch', ylabel='loss')
-    if len(losses) and losses.min() > 0: ax.set(yscale='log', ylabel='loss (log scale)')
-    ax.legend()
-    return ax
-
-@patch
-def plot_lr(self:Recorder,
-            ax=None): # matplotlib axes; None: a new figure
-    "Draw the learning rate of each batch, and the momentum where there is one; return the axes."
-    import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(6, 2.4))[1]
-    ax.plot(self.lrs, label='learning rate')
-    ax.set(xlabel='batch', ylabel='learning rate')
-    if any(self.momenta):
-        momentum = ax.twinx()
-        momentum.plot(self.momenta, color='tab:orange')
-        momentum.set_ylabel('momentum', color='tab:orange')
-    return ax
-
 # %% ../nbs/10_learner.ipynb #100085
 class StopOnNaN(Callback):
-    "Raises `FloatingPointError`, naming epoch, batch and learning rate, if a training loss is nan or infinite."
+    "Raises `FloatingPointError`, naming epoch, batch and rate, if a training loss is nan or infinite."
     order, sweep = 6, False
     def __init__(self,
                  every:int=100): # batches between checks, each of which waits for the device; at least 1
@@ -747,8 +808,8 @@ class StopOnNaN(Callback):
         bad = torch.stack([loss for _, _, loss in seen]).isfinite().logical_not().tolist()
         if True not in bad: return
         i, lr, loss = seen[bad.index(True)]
-        raise FloatingPointError(f'expected a finite loss, got {loss.item()} at epoch {learn.epoch}, batch {i}, '
-                                 f'lr {float(lr):.3g}')
+        raise FloatingPointError(f'expected a finite loss, got {loss.item()} at epoch {learn.epoch}, '
+                                 f'batch {i}, lr {float(lr):.3g}')
 
 Learner.default_cbs += (StopOnNaN,)
 
@@ -768,8 +829,10 @@ class _Lines:
         names = {k: 5 if k == 'epoch' else max(len(k), 6) for row in self.rows for k in row}
         cells = [{k: f'{v:.1f}' if k == 'seconds' else f'{v:.4f}' if isinstance(v, float) else str(v)
                   for k, v in row.items()} for row in self.rows]
-        return [[row.get(k, '').rjust(w) for k, w in names.items()] for row in [dict(zip(names, names)), *cells]]
+        rows = [dict(zip(names, names)), *cells]
+        return [[row.get(k, '').rjust(w) for k, w in names.items()] for row in rows]
 
+# %% ../nbs/10_learner.ipynb #100432
 class _Bar(_Lines):
     "Lines, and under them tqdm's bar for the epoch that is running, for a terminal."
     live, bar = True, None
@@ -777,7 +840,7 @@ class _Bar(_Lines):
         if self.bar is None or self.bar.n > learn.iter:
             self.close()
             self.bar = tqdm(total=learn.n_iter, desc=f'epoch {learn.epoch}', leave=False, mininterval=0)
-        self.bar.set_postfix(loss=f'{float(learn.loss):.4f}', refresh=False)
+        self.bar.set_postfix(loss=f'{learn.loss.item():.4f}', refresh=False)
         self.bar.update(learn.iter + 1 - self.bar.n)
 
     def close(self):
@@ -796,7 +859,7 @@ class _Table(_Lines):
         done, total = learn.iter + 1, learn.n_iter
         bar = f'<progress value="{done}" max="{total}"></progress> ' if total else ''
         of = f' of {total}' if total else ''
-        self.draw(f'{bar}epoch {learn.epoch}, batch {done}{of}, loss {float(learn.loss):.4f}')
+        self.draw(f'{bar}epoch {learn.epoch}, batch {done}{of}, loss {learn.loss.item():.4f}')
 
     def row(self, row):
         self.rows.append(row)
@@ -838,23 +901,27 @@ class Progress(Callback):
         now = time.perf_counter()
         if now < self.next: return
         self.next = now + self.every
-        float(learn.loss)  # an error of the device is no error of the screen
+        learn.loss.item()  # an error of the device is no error of the screen
         self.show(self.screen.update, learn)
 
-    def after_epoch(self, learn):
-        if self.screen: self.show(self.screen.row, learn.recorder.epochs[-1])
+# %% ../nbs/10_learner.ipynb #100436
+@patch
+def after_epoch(self:Progress, learn):
+    if self.screen: self.show(self.screen.row, learn.recorder.epochs[-1])
 
-    def cleanup_fit(self, learn):
-        if self.screen: self.show(self.screen.close)
-        self.next, self.screen = math.inf, None
+@patch
+def cleanup_fit(self:Progress, learn):
+    if self.screen: self.show(self.screen.close)
+    self.next, self.screen = math.inf, None
 
-    def show(self, draw, *what):
-        "A screen that has gone, or can't show a letter, doesn't end the fit; lines take its place."
-        try: draw(*what)
-        except Exception:  # of whatever kind: a screen may be any object
-            gone, self.screen, self.next = self.screen, _Lines(), math.inf
-            self.screen.rows = gone.rows
-            if getattr(gone, 'bar', None) is not None: gone.bar.disable = True  # or tqdm tries again
+@patch
+def show(self:Progress, draw, *what):
+    "Draw on the screen; if that fails, lines take its place."
+    try: draw(*what)
+    except Exception:  # of whatever kind: a screen may be any object
+        gone, self.screen, self.next = self.screen, _Lines(), math.inf
+        self.screen.rows = gone.rows
+        if getattr(gone, 'bar', None) is not None: gone.bar.disable = True  # or tqdm tries again
 
 Learner.default_cbs += (Progress,)
 
@@ -871,12 +938,20 @@ def validate(self:Learner,
     return metrics.read()
 
 @patch
-def loader(self:Learner, dl, bs=512):
-    "What to go through: batches as given, a dataset in batches, or the validation data."
+def loader(self:Learner,
+           dl=None, # batches; or a dataset; None: the validation data
+           bs:int=512): # rows at a time, for a dataset
+    "What to go through: batches as they are, a dataset in batches. Raises `ValueError` without data."
     dl = self.dls[1] if dl is None else dl
-    if dl is None: raise ValueError('expected data, got None: give `dl`, or make the Learner with a pair of loaders')
+    if dl is None: raise ValueError('expected data, got None: give `dl`, or make the Learner with two')
     return DataLoader(dl, bs) if isinstance(dl, (Dataset, torch.utils.data.Dataset)) else dl
 
+@patch
+def _for_passes(self:Learner):
+    "The callbacks that take part in a pass outside of a fit, or within one."
+    return self.cbs + [cb for cb in self.running if cb.everywhere and not any(cb is own for own in self.cbs)]
+
+# %% ../nbs/10_learner.ipynb #100209
 class _Collect(Callback):
     "Keeps predictions and targets, and goes no further: no loss is computed."
     order = 100
@@ -888,26 +963,22 @@ class _Collect(Callback):
         raise CancelBatch
 
 @patch
-def _for_passes(self:Learner):
-    "The callbacks that take part in a pass outside of a fit, or within one."
-    return self.cbs + [cb for cb in self.running if cb.everywhere and not any(cb is own for own in self.cbs)]
-
-# %% ../nbs/10_learner.ipynb #100209
-@patch
 def get_preds(self:Learner,
-              dl=None, # iterable of batches, with targets or without, or a Tensor of inputs (n, ...); None: the validation data
+              dl=None, # batches, with or without targets, or inputs (n, ...); None: the validation data
               bs:int=512, # rows at a time, for a Tensor
-             ) -> tuple: # predictions and targets, each as the batches have them, (n, ...); None for targets that are not there
-    "Predictions in evaluation mode, without gradients, in the order of the data; half precision comes as float32."
+             ) -> tuple: # predictions and targets, (n, ...), in the form of the batches; None for no targets
+    "Predictions in evaluation mode, in the order of the data; half precision comes as float32."
     dl = self.loader(dl, whole_number(bs, 'bs'))
     if isinstance(dl, Tensor):
-        if own_batches(self): raise TypeError('expected batches as this Learner takes them, got a Tensor: see predict')
+        if own_batches(self):
+            raise TypeError('expected batches as this Learner takes them, got a Tensor: see predict')
         dl = dl.split(bs)
     collect = _Collect()
     with self.nested(self._for_passes() + [collect]), suppress(CancelEpoch, CancelFit):
         self._one_pass(_Targeted(dl, self), training=False)
     return join_nests(collect.preds, 'predictions'), join_nests(collect.targets, 'targets')
 
+# %% ../nbs/10_learner.ipynb #100440
 class _Targeted:
     "The batches of a loader, with None as the target of those that are inputs alone."
     def __init__(self, dl, learn): self.dl, self.as_is = dl, own_batches(learn)
@@ -918,8 +989,8 @@ class _Targeted:
         if isinstance(batch, Tensor): return batch, None
         return (*batch, None) if isinstance(batch, (tuple, list)) and len(batch) == 1 else batch
 
-def own_batches(learn):
-    "Whether the Learner takes inputs and targets from its batches in a way of its own."
+def own_batches(learn) -> bool: # of a Learner
+    "Whether it takes inputs and targets from its batches in a way of its own."
     return any(getattr(type(learn), name) is not getattr(Learner, name) for name in ('xb', 'yb'))
 
 # %% ../nbs/10_learner.ipynb #100211
@@ -928,13 +999,14 @@ def predict_inputs(self:Learner,
                    *inputs): # for the model: Tensors, arrays or lists of numbers, or whatever it takes
     "Predictions for one batch of inputs, in evaluation mode and without gradients: what `predict(x)` gives."
     own = own_batches(self)
-    if own and len(inputs) > 1: raise TypeError(f'expected one batch as this Learner takes them, got {len(inputs)} inputs')
+    if own and len(inputs) > 1:
+        raise TypeError(f'expected one batch as this Learner takes them, got {len(inputs)} inputs')
     collect, batch = _Collect(), inputs[0] if own else (*map(_as_input, inputs), None)
     with self.nested(self._for_passes() + [collect]): self._one_pass([batch], training=False)
     return collect.preds[0]
 
 def _as_input(value):
-    "An array or a list of numbers as a Tensor, on the model's device if it has one; float64 as the default dtype."
+    "An array or a list of numbers as a Tensor; float64 as the default dtype."
     if not isinstance(value, (np.ndarray, np.generic, list)): return value
     value = torch.as_tensor(np.asarray(value))
     return value.to(torch.get_default_dtype()) if value.is_floating_point() else value
@@ -943,7 +1015,7 @@ def _as_input(value):
 @patch
 def freeze_to(self:Learner,
               n:int): # how many parts to freeze; below 0, all but the last -n
-    """Train only the last parts of the model: its children that have parameters, those of an only child if there is one.
+    """Train only the last parts of the model: its children that have parameters, or those of an only child.
     Raises `ValueError` if nothing would be left to train."""
     parts = _parts(self.model)
     if not isinstance(n, int) or not -len(parts) <= n < len(parts):
@@ -967,14 +1039,16 @@ class MixedPrecision(Callback):
     (Micikevicius et al., 2018)."""
     order, cast, everywhere = -5, None, True
     def __init__(self, dtype=torch.bfloat16): # torch.bfloat16 or torch.float16
-        if dtype not in (torch.bfloat16, torch.float16): raise ValueError(f'expected bfloat16 or float16, got {dtype}')
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f'expected bfloat16 or float16, got {dtype}')
         self.dtype = dtype
 
     def before_fit(self, learn):
-        if learn.asks_closure: raise ValueError('expected an optimizer that steps without a closure, for 16 bits')
+        if learn.asks_closure: raise ValueError('expected an optimizer without a closure, for 16 bits')
         if self.dtype is torch.bfloat16: return
         device = next(learn.model.parameters()).device.type
-        if device != 'cuda': raise ValueError(f'expected a model on CUDA for float16, got one on {device}: use bfloat16')
+        if device != 'cuda':
+            raise ValueError(f'expected a model on CUDA for float16, got one on {device}: use bfloat16')
         self.scaler, self.backward = torch.amp.GradScaler(device), learn.backward
         learn.backward, learn.step = partial(self.scaled_backward, learn), partial(self.scaled_step, learn)
 
@@ -983,70 +1057,35 @@ class MixedPrecision(Callback):
     def load_state_dict(self, state):
         if state: self.scaler.load_state_dict(state)
 
-    def scaled_backward(self, learn):
-        loss, learn.loss = learn.loss, self.scaler.scale(learn.loss)
-        self.backward()
-        learn.loss = loss
-
-    def scaled_step(self, learn):
-        self.scaler.step(learn.opt)
-        self.scaler.update()
-
     def before_batch(self, learn):
         self.cast = torch.autocast(next(learn.model.parameters()).device.type, self.dtype)
         self.cast.__enter__()
         torch.clear_autocast_cache()  # copies of weights that another fit may have changed
 
-    def after_backward(self, learn):
-        if self.dtype is torch.float16: self.scaler.unscale_(learn.opt)  # before anybody clips
-
     def leave(self, learn):
         cast, self.cast = self.cast, None
-        if not cast: return
-        cast.__exit__(None, None, None)
-        torch.clear_autocast_cache()
+        if cast: cast.__exit__(None, None, None)
+        if cast: torch.clear_autocast_cache()
 
     after_loss = cleanup_batch = leave
 
-# %% ../nbs/10_learner.ipynb #100130
-class Compile(Callback):
-    """Trains with prediction, loss and gradients compiled into one function; raises `ValueError` if one of them is
-    overridden, or if the loss function has parameters of its own."""
-    order = 20
-    def before_fit(self, learn):
-        for step in ('xb', 'yb', 'predict', 'get_loss', 'backward'):
-            if step in vars(learn) or getattr(type(learn), step) is not getattr(Learner, step):
-                raise ValueError(f'expected the plain {step} to compile, got one that a callback or a subclass has replaced')
-        if learn.asks_closure: raise ValueError('expected an optimizer that steps without a closure, to compile')
-        if any(True for m in learn.modules[1:] for p in m.parameters()):
-            raise ValueError('expected a loss function without parameters of its own, to compile')
-        self.model, self.loss_func, self.compiled = learn.model, learn.loss_func, torch.compile(_loss_and_grads(learn.model, learn.loss_func))
-        self.before_epoch(learn)
-        learn.predict, learn.get_loss = partial(self.compiled_predict, learn), partial(self.take_loss, learn)
-        learn.backward = partial(self.take_grads, learn)
+# %% ../nbs/10_learner.ipynb #100446
+@patch
+def scaled_backward(self:MixedPrecision, learn):
+    loss, learn.loss = learn.loss, self.scaler.scale(learn.loss)
+    self.backward()
+    learn.loss = loss
 
-    def before_epoch(self, learn):  # a layer may have been replaced
-        if learn.model is not self.model or learn.loss_func is not self.loss_func:
-            raise ValueError('expected the model and the loss function that were compiled, got others: begin a new fit')
-        self.params, self.buffers = dict(learn.model.named_parameters()), dict(learn.model.named_buffers())
+@patch
+def scaled_step(self:MixedPrecision, learn):
+    self.scaler.step(learn.opt)
+    self.scaler.update()
 
-    def compiled_predict(self, learn, *inputs):
-        if inputs or not learn.training: return Learner.predict(learn, *inputs)
-        trained = {k: p.detach() for k, p in self.params.items() if p.requires_grad}  # asked each time: it may change
-        learn.pred, self.loss, self.grads = self.compiled(trained, self.buffers, tuple(learn.batch))
+@patch
+def after_backward(self:MixedPrecision, learn):
+    if self.dtype is torch.float16: self.scaler.unscale_(learn.opt)
 
-    def take_loss(self, learn):
-        if not learn.training: return Learner.get_loss(learn)
-        learn.loss, learn.by_loss_func = self.loss, True
-
-    def take_grads(self, learn):
-        for k, g in self.grads.items():
-            p = self.params[k]
-            p.grad = g if p.grad is None else p.grad + g
-        self.loss = self.grads = None
-
-    def after_epoch(self, learn): self.before_epoch(learn)
-
+# %% ../nbs/10_learner.ipynb #100448
 def _loss_and_grads(model, loss_func):
     def loss(params, buffers, batch):
         buffers = {k: b.clone() for k, b in buffers.items()}
@@ -1058,3 +1097,47 @@ def _loss_and_grads(model, loss_func):
         for k, b in buffers.items(): b.copy_(new[k])
         return pred, value, grads
     return step
+
+# %% ../nbs/10_learner.ipynb #100130
+class Compile(Callback):
+    """Trains with prediction, loss and gradients compiled into one function; raises `ValueError` if one of
+    them is overridden, or if the loss function has parameters of its own."""
+    order = 20
+    def before_fit(self, learn):
+        for step in ('xb', 'yb', 'predict', 'get_loss', 'backward'):
+            if step in vars(learn) or getattr(type(learn), step) is not getattr(Learner, step):
+                raise ValueError(f'expected the plain {step} to compile, got one that was replaced')
+        if learn.asks_closure: raise ValueError('expected an optimizer without a closure, to compile')
+        if any(True for m in learn.modules[1:] for p in m.parameters()):
+            raise ValueError('expected a loss function without parameters of its own, to compile')
+        self.model, self.loss_func = learn.model, learn.loss_func
+        self.compiled = torch.compile(_loss_and_grads(learn.model, learn.loss_func))
+        self.before_epoch(learn)
+        learn.predict, learn.get_loss = partial(self.compiled_predict, learn), partial(self.take_loss, learn)
+        learn.backward = partial(self.take_grads, learn)
+
+    def before_epoch(self, learn):  # a layer may have been replaced
+        if learn.model is not self.model or learn.loss_func is not self.loss_func:
+            raise ValueError('expected model and the loss function that were compiled, got others: fit anew')
+        self.params, self.buffers = dict(learn.model.named_parameters()), dict(learn.model.named_buffers())
+
+    def after_epoch(self, learn): self.before_epoch(learn)
+
+# %% ../nbs/10_learner.ipynb #100450
+@patch
+def compiled_predict(self:Compile, learn, *inputs):
+    if inputs or not learn.training: return Learner.predict(learn, *inputs)
+    trained = {k: p.detach() for k, p in self.params.items() if p.requires_grad}  # which may change
+    learn.pred, self.loss, self.grads = self.compiled(trained, self.buffers, tuple(learn.batch))
+
+@patch
+def take_loss(self:Compile, learn):
+    if not learn.training: return Learner.get_loss(learn)
+    learn.loss, learn.by_loss_func = self.loss, True
+
+@patch
+def take_grads(self:Compile, learn):
+    for k, g in self.grads.items():
+        p = self.params[k]
+        p.grad = g if p.grad is None else p.grad + g
+    self.loss = self.grads = None
