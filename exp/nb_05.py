@@ -7,7 +7,7 @@ __all__ = ['is_sum', 'weigher', 'n_rows', 'Metric', 'Accuracy', 'map_nest', 'lea
            'join_nests', 'brief', 'as_number', 'device_of', 'as_list', 'whole_number']
 
 # %% ../nbs/05_batches.ipynb #050003
-import copy, dataclasses, math
+import copy, dataclasses, math, operator
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from fastcore.basics import listify, patch
 from torch import Tensor, nn
 from .nb_03 import accuracy, cross_entropy, nll
 
-# %% ../nbs/05_batches.ipynb #50344
+# %% ../nbs/05_batches.ipynb #050020
 # Three small helpers of Metric, which "For the library" explains.
 class _Later(NamedTuple):
     "A weight that is still to be counted: how many of `target` are not `ignored`."
@@ -28,7 +28,7 @@ class _Later(NamedTuple):
 def _counted(size): return size.target.ne(size.ignored).count_nonzero() if isinstance(size, _Later) else size
 
 def _sizes(sizes):
-    "Weights of batches as one tensor. Those that are still to be counted are counted at once, if of one length."
+    "Weights of batches as one tensor; those still to be counted all at once, if they are of one length."
     kinds = {(len(size.target), size.ignored) if isinstance(size, _Later) else None for size in sizes}
     if len(kinds) == 1 and kinds != {None}:
         return torch.stack([size.target for size in sizes]).ne(sizes[0].ignored).sum(1)
@@ -37,7 +37,7 @@ def _sizes(sizes):
     if not tensors: return torch.tensor(sizes)
     return torch.stack([torch.as_tensor(size, device=tensors[0].device) for size in sizes])
 
-# %% ../nbs/05_batches.ipynb #50363
+# %% ../nbs/05_batches.ipynb #050039
 def _option(func, name):
     "What a function was told: a `partial` by keyword, a module as an attribute; None if nothing."
     return func.keywords.get(name) if isinstance(func, partial) else getattr(func, name, None)
@@ -55,7 +55,7 @@ class _ClassWeights:
         if not isinstance(target, Tensor) or target.is_floating_point(): return None
         counts, weight = target.ne(self.ignored), _option(self.func, 'weight')
         if weight is None: return counts.count_nonzero()
-        weight = torch.as_tensor(weight, dtype=torch.float32, device=target.device)
+        weight = torch.as_tensor(weight, dtype=torch.float32, device=target.device)  # (classes,)
         return (weight[target.long().where(counts, 0)]*counts).sum()
 
 # %% ../nbs/05_batches.ipynb #050007
@@ -80,23 +80,7 @@ def weigher(func, # a loss function or a metric: (predictions, targets) -> mean
         known = any(plain is one for one in (F.cross_entropy, F.nll_loss, cross_entropy, nll, accuracy))
     return _ClassWeights(func) if known else None
 
-# %% ../nbs/05_batches.ipynb #050006
-def n_rows(target, # of a batch: a Tensor (n, ...), or a nest of dicts, tuples and lists
-           inputs=(), # of the same batch, which are asked when the target leaves it open
-          ) -> int: # n
-    """The number of rows of a batch. A list may be one item a row, or one tensor a target; if both would do and the
-    inputs don't tell, raises `ValueError`."""
-    if isinstance(target, Tensor) and target.ndim: return target.shape[0]
-    found = _row_counts(target)
-    for field in inputs:
-        if len(found) == 1: break
-        counts = _row_counts(field)
-        found = found & counts or found or counts
-    if len(found) == 1: return found.pop()
-    known = ' or '.join(map(str, sorted(found))) or 'none'
-    raise ValueError(f'expected a batch whose rows can be counted, found {known} in a target of type '
-                     f'{type(target).__name__}: override n_rows of the Learner')
-
+# %% ../nbs/05_batches.ipynb #050136
 def _row_counts(value):
     "The numbers of rows that a field may have."
     if hasattr(value, 'batch_sizes'): return {int(value.batch_sizes[0])}  # a PackedSequence
@@ -107,11 +91,28 @@ def _row_counts(value):
     lengths = {tuple(v.shape[:1]) if hasattr(v, 'shape') else () for v in value}  # (n,) of each tensor
     return {len(value), *lengths.pop()} if len(lengths) == 1 else {len(value)}
 
+# %% ../nbs/05_batches.ipynb #050006
+def n_rows(target, # of a batch: a Tensor (n, ...), or a nest of dicts, tuples and lists
+           inputs=(), # of the same batch, which are asked when the target leaves it open
+          ) -> int: # n
+    """The number of rows of a batch. A list may be one item a row, or one tensor a target; raises `ValueError` if
+    both would do and the inputs don't tell."""
+    if isinstance(target, Tensor) and target.ndim: return target.shape[0]
+    found = _row_counts(target)
+    for field in inputs:
+        if len(found) == 1: break
+        counts = _row_counts(field)
+        found = found & counts or found or counts  # what both say, else what one of them says
+    if len(found) == 1: return found.pop()
+    known = ' or '.join(map(str, sorted(found))) or 'none'
+    raise ValueError(f'expected a batch whose rows can be counted, found {known} in a target of type '
+                     f'{type(target).__name__}: override n_rows of the Learner')
+
 # %% ../nbs/05_batches.ipynb #050009
 class Metric:
     "Mean of a function of predictions and targets over all rows, added up on the device."
     def __init__(self,
-                 func, # (predictions, targets) -> mean over the rows of a batch: a number, or a dict of numbers
+                 func, # (predictions, targets) -> mean over the rows of a batch: a number, or a dict of them
                  name:str=None): # heading of its column; None: the function's name
         self.func, self.weigher, self.rows = func, weigher(func), None
         self.name = name or getattr(getattr(func, 'func', func), '__name__', type(func).__name__)
@@ -127,25 +128,26 @@ class Metric:
         self.add(value/n if is_sum(self.func) else value, n)
 
     def weigh(self, pred, target):
-        "Over how much the function's mean goes: what `weigher` says, else the rows."
+        "Over how much the function's mean goes: what `weigher` says, else the rows, as `accumulate` was told."
         weight = self.weigher(pred, target) if self.weigher else None
         if weight is not None: return weight
         return n_rows(target, [pred]) if self.rows is None else self.rows
 
     @property
-    def begun(self): return bool(self.pending) or isinstance(self.n, Tensor)
+    def begun(self): return bool(self.pending) or isinstance(self.n, Tensor)  # whether anything was counted
 
-# %% ../nbs/05_batches.ipynb #50383
+# %% ../nbs/05_batches.ipynb #050059
 @patch
 def add(self:Metric,
         value, # mean over `n`: a number or a 0-d Tensor, or a dict of them
-        n): # rows, or whatever the mean goes over: a number or a 0-d Tensor; a mean over nothing doesn't count
+        n): # rows, or whatever it is a mean over, a number or a 0-d Tensor; a mean over nothing doesn't count
     "Count `value` for `n` rows; raises `ValueError` for what is no number."
     if isinstance(n, int) and n == 0: return
     if not isinstance(value, Tensor) or value.ndim: value = self.as_numbers(value)
     self.pending.append((value.detach(), n))
     if len(self.pending) == 100: self.settle()
 
+# %% ../nbs/05_batches.ipynb #050129
 @patch
 def settle(self:Metric):
     "Add up what is pending."
@@ -157,7 +159,7 @@ def settle(self:Metric):
     self.total = self.total + torch.where(sizes > 0, values*sizes, 0).sum(0)
     self.n = self.n + sizes.sum()
 
-# %% ../nbs/05_batches.ipynb #50384
+# %% ../nbs/05_batches.ipynb #050060
 @patch
 def compute(self:Metric): # 0-d Tensor, or a dict of them; nan before the first batch
     "The mean so far."
@@ -170,7 +172,7 @@ class Accuracy(Metric):
     "Share of rows whose largest score is the target's."
     def __init__(self, name='accuracy'): super().__init__(accuracy, name)
 
-# %% ../nbs/05_batches.ipynb #50401
+# %% ../nbs/05_batches.ipynb #050077
 def _parts(nest):
     "The parts of a mapping, tuple, list or dataclass by key, index or field; None of anything else."
     if isinstance(nest, Mapping): return dict(nest.items())
@@ -182,29 +184,28 @@ def _like(nest, parts):
     "A nest of the same type with other parts; a dict for a mapping that can't be changed."
     if isinstance(nest, tuple) and hasattr(nest, '_fields'): return type(nest)(*parts.values())
     if isinstance(nest, (tuple, list)): return type(nest)(parts.values())
+    put = operator.setitem if isinstance(nest, Mapping) else object.__setattr__  # frozen ones have no other
     try:
-        new = copy.copy(nest)  # which keeps what else it has, such as the default of a defaultdict
-        for k, part in parts.items():
-            if isinstance(nest, Mapping): new[k] = part
-            else: object.__setattr__(new, k, part)  # a frozen dataclass refuses setattr
+        new = copy.copy(nest)  # with what else it has, such as the default of a defaultdict
+        for k, part in parts.items(): put(new, k, part)
         return new
     except TypeError: return parts
 
 # %% ../nbs/05_batches.ipynb #050010
 def map_nest(func, # leaf -> its new value
-             value): # a nest of mappings, tuples, lists and dataclasses; anything else, and what has `to`, is a leaf
+             value): # a nest of mappings, tuples, lists and dataclasses; all else, and what has `to`, is a leaf
     "The same nest, of the same types, with `func` of every leaf."
     parts = None if hasattr(value, 'to') else _parts(value)
     if parts is None: return func(value)
     return _like(value, {k: map_nest(func, part) for k, part in parts.items()})
 
-# %% ../nbs/05_batches.ipynb #050011
 def leaves(value, # a nest, as in `map_nest`
           ) -> list: # of Tensors
     "The tensors of a nest, in order."
     if isinstance(value, Tensor): return [value]
     return [leaf for part in (_parts(value) or {}).values() for leaf in leaves(part)]
 
+# %% ../nbs/05_batches.ipynb #050011
 def to_device(batch, # a Tensor, or a nest of mappings, lists, tuples, dataclasses and objects with `to`
               device): # where to
     "The same nest with its tensors on `device`; whatever can't be moved stays as it is."
@@ -214,17 +215,19 @@ def to_device(batch, # a Tensor, or a nest of mappings, lists, tuples, dataclass
         return leaf.to(device) if hasattr(leaf, 'to') else leaf
     return map_nest(move, batch)
 
-# %% ../nbs/05_batches.ipynb #50411
+# %% ../nbs/05_batches.ipynb #050087
 def copy_nest(nest): # -> the same nest; what is no Tensor is not copied
     "Tensors of its own."
     return map_nest(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, nest)
 
 def as_float32(nest): # -> the same nest; float64 and integers stay
     "Half precision as float32, leaf by leaf."
-    half = torch.float16, torch.bfloat16
-    return map_nest(lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in half else leaf, nest)
+    def widen(leaf):
+        half = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
+        return leaf.float() if half else leaf
+    return map_nest(widen, nest)
 
-# %% ../nbs/05_batches.ipynb #50414
+# %% ../nbs/05_batches.ipynb #050090
 def join_nests(parts:list, # nests of one form, one of each batch
                name:str, # what they are, for the message
               ): # a nest of that form with all rows; None for parts that are None
@@ -243,7 +246,7 @@ def join_nests(parts:list, # nests of one form, one of each batch
 
 def _at(nest, key): return f'[{key!r}]' if isinstance(nest, (Mapping, tuple, list)) else f'.{key}'
 
-# %% ../nbs/05_batches.ipynb #50415
+# %% ../nbs/05_batches.ipynb #050091
 def _join_tensors(parts, name):
     if not parts[0].ndim: return torch.stack(parts)
     try: return torch.cat(parts)
@@ -256,7 +259,7 @@ def _one_a_target(lists):
     if not all(isinstance(t, Tensor) and t.ndim for items in lists for t in items): return False
     return all(len({len(t) for t in items}) == 1 for items in lists)
 
-# %% ../nbs/05_batches.ipynb #50420
+# %% ../nbs/05_batches.ipynb #050096
 def brief(value): # -> str of at most 60 characters
     "What a value looks like, in one short line."
     text = ' '.join(repr(value).split())
@@ -273,6 +276,7 @@ def as_number(value, # a number, or a Tensor or array with one element
     raise ValueError(f'{name}: expected a mean over the rows, one number or a dict of them, '
                      f'got shape {tuple(value.shape)}')
 
+# %% ../nbs/05_batches.ipynb #050131
 @patch
 def as_numbers(self:Metric, value):
     "One tensor from a number or a dict of numbers: 0-d, or (k,)."
@@ -282,26 +286,27 @@ def as_numbers(self:Metric, value):
     self.keys = tuple(value)
     return torch.stack([as_number(v, k) for k, v in value.items()])
 
-# %% ../nbs/05_batches.ipynb #50423
+# %% ../nbs/05_batches.ipynb #050099
 @patch
 def later(self:_ClassWeights, target):
     "What the weight can be counted from, many batches at once. None if it must be counted now."
     plain = isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
     return _Later(target.clone(), self.ignored) if plain and _option(self.func, 'weight') is None else None
 
-# %% ../nbs/05_batches.ipynb #50427
+# %% ../nbs/05_batches.ipynb #050103
 @patch
 def count_pending(self:Metric):
     "Count the weights that were put off, so that nothing but numbers and tensors is left."
     self.pending = [(value, _counted(n)) for value, n in self.pending]
 
+# %% ../nbs/05_batches.ipynb #050133
 @patch
 def accumulate(self:Metric,
                learn): # what has `pred`, `yb`, and `n_rows()`: a Learner
     "Count the batch that a Learner has just predicted."
     self.rows = learn.n_rows()
-    self.update(learn.pred, learn.yb)
-    self.rows = None
+    try: self.update(learn.pred, learn.yb)
+    finally: self.rows = None
 
 # %% ../nbs/05_batches.ipynb #050014
 def device_of(value, # a nest, as in `map_nest`
@@ -319,5 +324,6 @@ def whole_number(value, # what was given
                  least:int=1, # smallest value that makes sense
                 ) -> int: # `value`
     "A count, checked; raises `ValueError` for anything that is no whole number, or below `least`."
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least: return int(value)
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if is_whole and value >= least: return int(value)
     raise ValueError(f'expected {name} to be a whole number of at least {least}, got {value!r}')
