@@ -95,8 +95,8 @@ def _row_counts(value):
 def n_rows(target, # of a batch: a Tensor (n, ...), or a nest of dicts, tuples and lists
            inputs=(), # of the same batch, which are asked when the target leaves it open
           ) -> int: # n
-    """The number of rows of a batch. A list may be one item a row, or one tensor a target; raises `ValueError` if
-    both would do and the inputs don't tell."""
+    """The number of rows of a batch. A list may be one item a row, or one tensor a target; raises
+    `ValueError` if both would do and the inputs don't tell."""
     if isinstance(target, Tensor) and target.ndim: return target.shape[0]
     found = _row_counts(target)
     for field in inputs:
@@ -128,7 +128,7 @@ class Metric:
         self.add(value/n if is_sum(self.func) else value, n)
 
     def weigh(self, pred, target):
-        "Over how much the function's mean goes: what `weigher` says, else the rows, as `accumulate` was told."
+        "Over how much the function's mean goes: what `weigher` says, else the rows."
         weight = self.weigher(pred, target) if self.weigher else None
         if weight is not None: return weight
         return n_rows(target, [pred]) if self.rows is None else self.rows
@@ -193,7 +193,7 @@ def _like(nest, parts):
 
 # %% ../nbs/05_batches.ipynb #050010
 def map_nest(func, # leaf -> its new value
-             value): # a nest of mappings, tuples, lists and dataclasses; all else, and what has `to`, is a leaf
+             value): # mappings, tuples, lists and dataclasses, nested; all else, and what has `to`, is a leaf
     "The same nest, of the same types, with `func` of every leaf."
     parts = None if hasattr(value, 'to') else _parts(value)
     if parts is None: return func(value)
