@@ -83,7 +83,7 @@ def weigher(func, # a loss function or a metric: (predictions, targets) -> mean
 # %% ../nbs/05_batches.ipynb #050136
 def _row_counts(value):
     "The numbers of rows that a field may have."
-    if hasattr(value, 'batch_sizes'): return {int(value.batch_sizes[0])}  # a PackedSequence: rows of different lengths in one tensor
+    if hasattr(value, 'batch_sizes'): return {int(value.batch_sizes[0])}  # a PackedSequence
     if hasattr(value, 'shape'): return set(value.shape[:1])
     if isinstance(value, Mapping): value = tuple(value.values())
     if isinstance(value, tuple): return set().union(*map(_row_counts, value))
