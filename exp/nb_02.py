@@ -34,5 +34,5 @@ class Model(nn.Module):
     def forward(self,
                 x:Tensor, # (..., n_in) float
                ) -> Tensor: # (..., n_out)
-        "The outputs of the last layer, before any softmax."
+        "The outputs of the last layer, any numbers."
         return self.layers(x)

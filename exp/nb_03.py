@@ -67,13 +67,13 @@ def _amounts(target, counted, weight):
     return counted if weight is None else weight[target.where(counted, 0)].where(counted, 0)
 
 def _reduce(losses, amounts, reduction):
-    "The losses of all positions by what these count for, the sum of the losses, or each for itself."
+    "`losses` as they are ('none'), their sum, or the sum divided by that of `amounts` ('mean')."
     if reduction not in ('mean', 'sum', 'none'):
         raise ValueError(f"expected reduction 'mean', 'sum' or 'none', got {reduction!r}")
     if reduction == 'none': return losses
     if reduction == 'sum': return losses.sum()
     wide = torch.promote_types(losses.dtype, torch.float32)  # 16 bits can't hold the sum of many losses
-    total = amounts.sum() if amounts.dtype == torch.bool else amounts.sum(dtype=wide)
+    total = amounts.sum() if amounts.dtype == torch.bool else amounts.sum(dtype=wide)  # True counts as 1
     return (losses.sum(dtype=wide) / total).to(losses.dtype)
 
 # %% ../nbs/03_losses.ipynb #030057
@@ -114,7 +114,7 @@ def cross_entropy(inp:Tensor, # scores, any shape, classes along `dim`
     return (1 - label_smoothing)*loss + label_smoothing*smooth
 
 # %% ../nbs/03_losses.ipynb #030077
-def accuracy(out:Tensor, # scores, any shape, at least two classes along `dim`
+def accuracy(out:Tensor, # scores, any shape, classes along `dim`
              target:Tensor, # class indices, integer, the shape of `out` without `dim`
              dim:int=-1, # of the classes
              ignore_index:int=-100, # the target of positions that don't count; None: all count
@@ -124,5 +124,5 @@ def accuracy(out:Tensor, # scores, any shape, at least two classes along `dim`
     counted = _counted(target, ignore_index)
     if out.shape[dim] == 1 and ((target != 0) & counted).any():
         raise ValueError(f'expected a score for each class, got one column of scores, {tuple(out.shape)}')
-    if out.is_cpu: _pick(out, target, counted, dim)  # elsewhere a look at the values would be a wait
+    if out.is_cpu: _pick(out, target, counted, dim)  # raises if a label is no class
     return ((out.argmax(dim) == target) & counted).sum() / counted.sum()
