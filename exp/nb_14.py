@@ -60,7 +60,7 @@ class Settings:
     "Everything that a run depends on; raises `ValueError` for values that are not allowed."
     epochs:int = _option(10, 'passes over the training set', 'of at least 1', lambda n: n >= 1)
     bs:int = _option(64, 'batch size', 'of at least 1 and at most 50000', lambda n: 1 <= n <= 50_000)
-    lr:float = _option(None, 'highest rate; default: what suits the optimizer', 'above 0',
+    lr:float = _option(None, 'highest rate, by default what suits the optimizer', 'above 0',
                        lambda lr: 0 < lr < math.inf)
     hidden:int = _option(100, 'hidden units per layer', 'of at least 1', lambda n: n >= 1)
     model:str = _option('mlp', 'network', choices=MODELS)
@@ -70,7 +70,7 @@ class Settings:
     data_dir:str = _option(None, 'folder with the four files of the dataset')
     seed:int = _option(42, 'seed of weights and order', 'from 0 to 2**32 - 1', lambda n: 0 <= n < 2**32)
     device:str = _option('auto', 'cpu, cuda, mps, or auto for the accelerator if there is one')
-    name:str = _option(None, 'what the run is called; default: dataset-model-opt')
+    name:str = _option(None, 'what the run is called, by default dataset-model-opt')
     tensorboard:bool = _option(False, 'write for TensorBoard, too')
     here:InitVar[bool] = True  # whether a run is to begin here, with what this machine has
 
@@ -371,7 +371,8 @@ def read_settings(folder) -> Settings: # of a run
     if not isinstance(settings, dict) or not {'epochs', 'model', 'opt', 'sched', 'lr'} <= settings.keys():
         raise ValueError(f'{path}: expected the settings of a run, found none: made by another program?')
     new = [name for name in settings if name not in _NAMES]
-    if new: raise ValueError(f'{path}: expected {_NAMES}, found {new} as well: made by a newer version?')
+    if new:
+        raise ValueError(f'{path}: expected known settings, found {new} as well: made by a newer version?')
     try: return Settings(**settings, here=False)
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
 
@@ -500,7 +501,7 @@ def _exp_train_command(argv=None):
     parser = argparse.ArgumentParser('exp_train', description='Train on digits, in a folder runs/TIME-NAME.',
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument('--resume', metavar='RUN', help='go on with a run that was interrupted')
-    parser.add_argument('--out', help='where the folders of runs are (default: runs)')
+    parser.add_argument('--out', help='where the folders of runs are; default: runs')
     parser.add_argument('--test', action='store_true', help='show the test accuracy at the end')
     for f in fields(Settings):
         names = dict.fromkeys([f'--{f.name}', f'--{f.name.replace("_", "-")}'])
@@ -541,7 +542,7 @@ def _exp_runs_command(argv=None):
     parser = argparse.ArgumentParser('exp_runs', description='List runs, compare two, or draw several.')
     parser.add_argument('runs', nargs='*', metavar='RUN', help='none: a table of all; two: what is different')
     parser.add_argument('--plot', metavar='FILE.png', help='draw the runs, or all, into this file')
-    parser.add_argument('--out', default='runs', help='where the folders of runs are (default: runs)')
+    parser.add_argument('--out', default='runs', help='where the folders of runs are; default: runs')
     parser.add_argument('--test', action='store_true', help='show the test accuracy of one run')
     options = vars(parser.parse_args(argv))
     _run_command('exp_runs', lambda: exp_runs(*options.pop('runs'), **options))
