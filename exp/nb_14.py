@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'OPTIMIZERS', 'SCHEDULES', 'RUN_FORMAT', 'Settings', 'make_learner', 'exp_train', 'read_settings',
-           'load_run', 'read_metrics', 'list_runs', 'compare_runs', 'plot_runs', 'exp_runs']
+           'read_metrics', 'load_run', 'list_runs', 'compare_runs', 'plot_runs', 'final_accuracy', 'exp_runs']
 
 # %% ../nbs/14_experiments.ipynb #140004
 import argparse, csv, errno, json, math, numbers, os, platform, shlex, sys, time, warnings
@@ -12,16 +12,16 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import InitVar, asdict, dataclass, field, fields
 from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
-import numpy as np
 import torch
 from torch import nn
 import exp
-from .nb_00 import default_device, say, set_seed, show_image
+from .nb_00 import COLORS, default_device, say, set_seed, show_image
 from .nb_01 import MIRRORS, get_data, get_test_data, read_idx
 from .nb_02 import Model
 from .nb_03 import accuracy
-from .nb_04 import DataLoader, Dataset, get_dls, most_wrong
+from .nb_04 import Dataset, get_dls, most_wrong
 from .nb_10 import Callback, Learner, Progress
 from .nb_11 import Scheduler, sched_const, sched_cos, sched_lin, sched_one_cycle, sched_wsd
 from .nb_12 import SGD, Adam, AdamW, Muon, RMSProp
@@ -42,73 +42,76 @@ SCHEDULES = {  # name -> function (learning rate) -> function of progress
     'constant': sched_const, 'linear': lambda lr: sched_lin(lr, 0.), 'cosine': lambda lr: sched_cos(lr, 0.),
     'one_cycle': lambda lr: sched_one_cycle(lr/25, lr, lr/1e5), 'wsd': lambda lr: sched_wsd(lr/25, lr, 0.)}
 
+# %% ../nbs/14_experiments.ipynb #140088
+def _print_table(rows):
+    "Rows, dicts of the same keys, under a heading; nothing for None."
+    def text(v): return '' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v)
+    cells = [[*rows[0]]] + [[*map(text, row.values())] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells: say('  '.join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip())
+
 # %% ../nbs/14_experiments.ipynb #140011
-def _setting(default, meaning): return field(default=default, metadata={'help': meaning})
+def _option(default, help, words='', allowed=None, choices=()):
+    "A field of `Settings`; `words` say which values `allowed(value)` accepts."
+    return field(default=default, metadata=dict(help=help, words=words, allowed=allowed, choices=choices))
 
 @dataclass
 class Settings:
     "Everything that a run depends on; raises `ValueError` for values that are not allowed."
-    epochs:int = _setting(10, 'passes over the training set, at least 1')
-    bs:int = _setting(64, 'batch size, 1 to 50000')
-    lr:float = _setting(None, 'highest learning rate, > 0 (default: what suits the optimizer)')
-    hidden:int = _setting(100, 'hidden units of a layer, at least 1')
-    model:str = _setting('mlp', 'linear, mlp or deep')
-    opt:str = _setting('adamw', 'sgd, momentum, rmsprop, adam, adamw or muon')
-    sched:str = _setting('one_cycle', 'constant, linear, cosine, one_cycle or wsd')
-    dataset:str = _setting('mnist', 'mnist, fashion_mnist or kmnist')
-    data_dir:str = _setting(None, 'folder with the four files of the dataset')
-    seed:int = _setting(42, 'of weights and shuffling, 0 to 2**32 - 1')
-    device:str = _setting('auto', 'cpu, cuda, mps, or auto: the accelerator, if there is one')
-    name:str = _setting(None, 'what the run is called (default: dataset-model-opt)')
-    tensorboard:bool = _setting(False, 'write for TensorBoard, too')
+    epochs:int = _option(10, 'passes over the training set', 'of at least 1', lambda n: n >= 1)
+    bs:int = _option(64, 'batch size', 'of at least 1 and at most 50000', lambda n: 1 <= n <= 50_000)
+    lr:float = _option(None, 'highest rate, by default what suits the optimizer', 'above 0',
+                       lambda lr: 0 < lr < math.inf)
+    hidden:int = _option(100, 'hidden units per layer', 'of at least 1', lambda n: n >= 1)
+    model:str = _option('mlp', 'network', choices=MODELS)
+    opt:str = _option('adamw', 'optimizer', choices=OPTIMIZERS)
+    sched:str = _option('one_cycle', 'how the learning rate changes', choices=SCHEDULES)
+    dataset:str = _option('mnist', 'images to learn', choices=('mnist', *MIRRORS))
+    data_dir:str = _option(None, 'folder with the four files of the dataset')
+    seed:int = _option(42, 'seed of weights and order', 'from 0 to 2**32 - 1', lambda n: 0 <= n < 2**32)
+    device:str = _option('auto', 'cpu, cuda, mps, or auto for the accelerator if there is one')
+    name:str = _option(None, 'what the run is called, by default dataset-model-opt')
+    tensorboard:bool = _option(False, 'write for TensorBoard, too')
     here:InitVar[bool] = True  # whether a run is to begin here, with what this machine has
 
-    def __post_init__(self, here):
-        for f in fields(self): setattr(self, f.name, _checked(f, getattr(self, f.name)))
-        if here: _check_here(self)
-        if self.lr is None: self.lr = OPTIMIZERS[self.opt][1] if self.opt in OPTIMIZERS else None
-        if self.name is None: self.name = f'{self.dataset}-{self.model}-{self.opt}'
-        for key, least, most in _LIMITS:
-            value, upper = getattr(self, key), f' and at most {most}' if most < math.inf else ''
-            if not least <= value <= most:
-                raise ValueError(f'expected --{key} of at least {least}{upper}, got {value}')
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise ValueError(f'expected --lr above 0, got {self.lr}')
-        if here: _check_name(self.name)
+    def __post_init__(self, here): _check_settings(self, here)
 
-_LIMITS = ('epochs', 1, math.inf), ('bs', 1, 50_000), ('hidden', 1, math.inf), ('seed', 0, 2**32 - 1)
+# %% ../nbs/14_experiments.ipynb #140095
+_NAMES = [f.name for f in fields(Settings)]
+_KINDS = {int: (numbers.Integral, 'a whole number'), float: (numbers.Real, 'a number'),
+          bool: (bool, 'True or False'), str: ((str, Path, torch.device), 'a string')}
+
+def _check_settings(settings, here):
+    for f in fields(settings): setattr(settings, f.name, _checked(f, getattr(settings, f.name)))
+    if settings.lr is None and settings.opt in OPTIMIZERS: settings.lr = OPTIMIZERS[settings.opt][1]
+    if settings.name is None: settings.name = f'{settings.dataset}-{settings.model}-{settings.opt}'
+    if here: _check_here(settings)
 
 def _checked(f, value):
     "A setting in the type of its field."
     if value is None and f.default is None: return None
-    kinds = {int: (numbers.Integral, 'a whole number'), float: (numbers.Real, 'a number'),
-             bool: (bool, 'True or False'), str: ((str, Path, torch.device), 'a string')}
-    kind, words = kinds[f.type]
-    if not isinstance(value, kind) or f.type is not bool and isinstance(value, (bool, np.bool_)):
+    kind, words = _KINDS[f.type]
+    if not isinstance(value, kind) or f.type is not bool and isinstance(value, bool):
         raise ValueError(f'expected --{f.name} to be {words}, got {value!r}')
-    return f.type(value)
+    value, allowed = f.type(value), f.metadata['allowed']
+    if allowed and not allowed(value):
+        raise ValueError(f'expected --{f.name} {f.metadata["words"]}, got {value}')
+    return value
 
 # %% ../nbs/14_experiments.ipynb #140059
-def _check_name(name):
-    "Raise `ValueError` unless every system can have a folder of that name."
-    if not name or Path(name).name != name:
-        raise ValueError(f'expected --name without a folder, got {name!r}')
-    odd = sorted({c for c in name if c in '<>:"/\\|?*' or ord(c) < 32})
-    if odd: raise ValueError(f'expected --name without {odd}, which not every system allows, got {name!r}')
-    if name[-1] in ' .': raise ValueError(f'expected --name that does not end in {name[-1]!r}, got {name!r}')
-
 def _check_here(settings):
     "Raise `ValueError` unless this machine can begin a run of these settings."
     _check_choices(settings)
     if settings.tensorboard and not find_spec('tensorboard'):
         raise ValueError('expected tensorboard to be installed, found none: pip install tensorboard')
     _device(settings.device)
+    _check_name(settings.name)
 
 def _check_choices(settings):
-    choices = dict(model=MODELS, opt=OPTIMIZERS, sched=SCHEDULES, dataset=['mnist', *MIRRORS])
-    for key, allowed in choices.items():
-        value = getattr(settings, key)
-        if value not in allowed: raise ValueError(f'expected --{key} in {[*allowed]}, got {value!r}')
+    for f in fields(settings):
+        value, choices = getattr(settings, f.name), f.metadata['choices']
+        if choices and value not in choices:
+            raise ValueError(f'expected --{f.name} in {[*choices]}, got {value!r}')
 
 def _device(name):
     if name == 'auto': return default_device()
@@ -118,17 +121,24 @@ def _device(name):
         raise ValueError(f'expected --device cpu, or one that is there, got {name!r}')
     return device
 
+def _check_name(name):
+    "Raise `ValueError` unless every system can have a folder of that name."
+    if not name or '/' in name or '\\' in name:
+        raise ValueError(f'expected --name without a folder, got {name!r}')
+    if name[-1] in ' .' or any(c in '<>:"|?*' or ord(c) < 32 for c in name):
+        raise ValueError(f'expected --name without <>:"|?* or . at its end, for all systems, got {name!r}')
+
 # %% ../nbs/14_experiments.ipynb #140015
 def make_learner(settings:Settings) -> Learner:
     "Data, model and optimizer as the settings say, from their seed."
     _check_choices(settings)
     device = _device(settings.device)
-    parts = [t.to(device) for t in get_data(settings.dataset, settings.data_dir)]
-    _check_data('training', *parts[:2], settings)
-    _check_data('validation', *parts[2:], settings)
+    x, y, x_valid, y_valid = (t.to(device) for t in get_data(settings.dataset, settings.data_dir))
+    _check_data('training', x, y, settings)
+    _check_data('validation', x_valid, y_valid, settings)
     set_seed(settings.seed)
-    learn = _learner(settings, parts[0].shape[1], device)
-    learn.dls = get_dls(Dataset(*parts[:2]), Dataset(*parts[2:]), settings.bs, settings.seed)
+    learn = _learner(settings, x.shape[1], device)
+    learn.dls = get_dls(Dataset(x, y), Dataset(x_valid, y_valid), settings.bs, settings.seed)
     return learn
 
 def _learner(settings, n_in, device): # without data
@@ -138,64 +148,73 @@ def _learner(settings, n_in, device): # without data
 
 def _check_data(name, x, y, settings, n_in=None): # n_in: pixels that the model takes; None: any number
     "Raise `ValueError` unless a model of ten classes can be trained or tested with these images and labels."
-    place = settings.data_dir or settings.dataset
+    place, pixels, labels = settings.data_dir or settings.dataset, x.shape[1], y.tolist()
     if not x.numel(): raise ValueError(f'{place}: expected {name} images, found shape {tuple(x.shape)}')
-    if n_in and x.shape[1] != n_in:
-        raise ValueError(f'{place}: expected {name} images of {n_in} pixels, as for training, '
-                         f'found {x.shape[1]}')
-    least, most = y.min().item(), y.max().item()
-    if least < 0 or most > 9:
-        raise ValueError(f'{place}: expected {name} labels from 0 to 9, found {least} to {most}')
+    if n_in not in (None, pixels):
+        raise ValueError(f'{place}: expected {name} images of {n_in} pixels, as for training, found {pixels}')
+    if not set(labels) <= {*range(10)}:
+        found = f'{min(labels)} to {max(labels)}'
+        raise ValueError(f'{place}: expected {name} labels from 0 to 9, found {found}')
 
 # %% ../nbs/14_experiments.ipynb #140019
 RUN_FORMAT = 'exp run, 1'
 
 def _new_folder(name, parent):
-    stamp = time.strftime('%Y%m%d-%H%M%S')
-    for suffix in ('', *(f'-{i}' for i in range(2, 1000))):
-        folder = Path(parent).expanduser()/f'{stamp}-{name}{suffix}'
-        try: folder.mkdir(parents=True)
-        except FileExistsError:
-            if not folder.parent.is_dir(): raise
-            continue
-        return folder
-    raise FileExistsError(errno.EEXIST, 'expected fewer than 1000 runs in one second', str(folder))
+    parent, stamp = Path(parent).expanduser(), time.strftime('%Y%m%d-%H%M%S')
+    parent.mkdir(parents=True, exist_ok=True)
+    for i in count(1):
+        folder = parent/(f'{stamp}-{name}' if i == 1 else f'{stamp}-{name}-{i}')
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 def _write_json(value, path):
     with atomic_write(path) as file: file.write((json.dumps(value, indent=1) + '\n').encode())
 
-def _versions():
-    return dict(exp=exp.__version__, torch=str(torch.__version__), python=platform.python_version(),
-                system=platform.system(), machine=platform.machine())
+def _begin(config, n_in, out): # n_in: pixels of an image; returns the folder
+    "A new folder, with the settings in it and the versions of what computes."
+    folder = _new_folder(config.name, out)
+    versions = dict(exp=exp.__version__, torch=str(torch.__version__), python=platform.python_version(),
+                    system=platform.system(), machine=platform.machine())
+    about = dict(format=RUN_FORMAT, settings=asdict(config), versions=versions, n_in=n_in)
+    _write_json(about, folder/'config.json')
+    return folder
 
 # %% ../nbs/14_experiments.ipynb #140021
 class _Log(Progress):
     "The table of results, on the screen and in `log.txt`; the results in `metrics.csv`."
     def __init__(self, folder):
         super().__init__()
-        self.folder, self.waiting, self.owed = folder, [], False
+        self.folder, self.waiting = folder, ''
 
     def say(self, text):
         say(text)
         self.keep(text)
 
     def keep(self, text):
-        self.waiting.append(text + '\n')
-        if not self.tried(_append, ''.join(self.waiting), self.folder/'log.txt'): self.waiting.clear()
+        self.waiting += text + '\n'
+        with self.writing('log.txt') as path:
+            _append(self.waiting, path)
+            self.waiting = ''
 
-    def tried(self, write, *args):
-        "Whether it could not be written."
-        try: write(*args)
-        except OSError as e:
-            _complain(f'{args[-1]}: {e.strerror or e}; the training goes on, and it will be tried again')
-            return True
-        return False
+    def writing(self, name):
+        return _told(self.folder/name, '; the training goes on, and it will be tried again')
 
     def after_epoch(self, learn):
         super().after_epoch(learn)
-        self.owed = self.tried(learn.recorder.to_csv, self.folder/'metrics.csv')
+        with self.writing('metrics.csv') as path: learn.recorder.to_csv(path)
         if not self.screen: return
-        for line in self.screen.table()[0 if len(self.screen.rows) == 1 else -1:]: self.keep('  '.join(line))
+        new = self.screen.table()[0 if len(self.screen.rows) == 1 else -1:]  # with the heading at first
+        for line in new: self.keep('  '.join(line))
+
+# %% ../nbs/14_experiments.ipynb #140104
+@contextmanager
+def _told(path, after=''):
+    "What is wrong with a file becomes a line on the screen for errors, if there is one."
+    try: yield path
+    except (ValueError, OSError) as e:
+        text = f'{e.filename or path}: {e.strerror or e}' if isinstance(e, OSError) else e
+        with redirect_stdout(sys.stderr): say(f'{text}{after}')
 
 def _append(text, path):
     "Add to the end of a file: all of the text, or nothing."
@@ -208,9 +227,325 @@ def _append(text, path):
             file.truncate(size)
             raise
 
-def _complain(text):
-    "A line on the screen for errors; nothing happens if there is none."
-    with redirect_stdout(sys.stderr): say(text)
+# %% ../nbs/14_experiments.ipynb #140025
+def _plot_epochs(ax, rows, key, **kwargs):
+    ax.plot([row['epoch'] + 1 for row in rows], [row[key] for row in rows], 'o-', **kwargs)
+    ax.set_xlabel('epoch')
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+def _draw_curves(recorder, axs): # three of them
+    loss, acc, lr = axs
+    recorder.plot_loss(loss).set_title('Loss')
+    _plot_epochs(acc, recorder.epochs, 'accuracy', color=COLORS['vermillion'])
+    acc.set(ylabel='validation accuracy', title='Accuracy')
+    lr.plot(recorder.lrs, color=COLORS['green'])
+    lr.set(xlabel='batch', ylabel='learning rate', title='Learning rate')
+
+def _draw_mistakes(model, ds, shape, axs): # shape: rows and columns of an image
+    for ax in axs: ax.set_axis_off()
+    for ax, i, c, p in zip(axs, *most_wrong(model.eval(), ds.x, ds.y)):
+        show_image(ds.x[i].view(shape), ax, f'{ds.y[i]} as {c}\n{p:.2%}')
+
+# %% ../nbs/14_experiments.ipynb #140109
+def _figure(rows, columns, **kwargs):
+    from matplotlib.figure import Figure  # without pyplot: no window, whatever the backend
+    fig = Figure(layout='constrained', **kwargs)
+    axs = [*fig.subplots(rows, columns).flat]
+    for ax in axs: ax.set_prop_cycle(color=[*COLORS.values()])
+    return fig, axs
+
+def _save_figure(fig, path):
+    with atomic_write(path) as file: fig.savefig(file, format='png', dpi=180)
+
+def _save_pictures(learn, config, folder):
+    fig, axs = _figure(1, 3, figsize=(11, 3))
+    _draw_curves(learn.recorder, axs)
+    _save_figure(fig, folder/'curves.png')
+    fig, axs = _figure(2, 6, figsize=(9, 3.6))
+    fig.suptitle('Most confidently wrong: label, prediction, confidence')
+    ds = learn.dls[1].ds
+    _draw_mistakes(learn.model, ds, _image_shape(config, ds.x.shape[1]), axs)
+    _save_figure(fig, folder/'mistakes.png')
+
+def _image_shape(config, n):
+    "Rows and columns of images of n pixels: as in a file of images, or one row."
+    if not config.data_dir: return 28, n//28
+    for path in sorted(Path(config.data_dir).iterdir()):
+        if 'images' not in path.name.lower(): continue
+        with suppress(ValueError, OSError):
+            shape = tuple(read_idx(path).shape[1:])
+            if math.prod(shape) == n: return shape
+    return 1, n
+
+# %% ../nbs/14_experiments.ipynb #140029
+def _train(learn, config, folder, test_ds):
+    log = _Log(folder)  # takes the place of the Learner's own Progress
+    cbs = [log, Scheduler(lr=SCHEDULES[config.sched](config.lr)),
+           SaveBest(folder/'model.safetensors', 'accuracy'),
+           Checkpoint(folder/'checkpoint', keep=2, monitor=None, resume=True)]
+    if config.tensorboard: cbs.append(_TensorBoard(folder))
+    try: learn.fit(config.epochs, cbs=cbs)
+    except KeyboardInterrupt:
+        log.say(f'interrupted; to go on: exp_train --resume {shlex.quote(str(folder))}')
+        raise
+    _finish(learn, config, folder, test_ds, log)
+
+def _finish(learn, config, folder, test_ds, log):
+    "Results, pictures, and two last lines: validation accuracy, or test accuracy if that was asked for."
+    learn.recorder.to_csv(folder/'metrics.csv')
+    epochs, n = learn.recorder.epochs, len(learn.dls[1].ds)
+    seconds, best = sum(row['seconds'] for row in epochs), max(row['accuracy'] for row in epochs)
+    results, line = dict(seconds=seconds), f'validation accuracy: {best:.2%} of {n:,} images'
+    if test_ds:
+        results['test_accuracy'] = learn.validate(test_ds)['accuracy']
+        line = f'test accuracy: {results["test_accuracy"]:.2%} of {len(test_ds):,} images'
+    _write_json(results, folder/'results.json')
+    _save_pictures(learn, config, folder)
+    log.say(f'{line}, after {seconds:.1f} s')
+    log.say(f'run: {folder}')
+
+# %% ../nbs/14_experiments.ipynb #140028
+def exp_train(resume:str=None, # a run to go on with: its folder, or its name in `out`
+              out:str='runs', # where the folders of runs are
+              test:bool=False, # show the test accuracy of the best epoch at the end
+              **settings) -> Path: # fields of `Settings`; returns the folder
+    "Train, and keep everything in a folder of its own; raises `ValueError` for wrong options. Ctrl-C saves."
+    folder = _find_run(resume, out) if resume else None
+    config = _resumed(folder, settings) if resume else _asked(settings)
+    with _one_thread():
+        learn = make_learner(config)
+        n_in = learn.dls[0].ds.x.shape[1]
+        test_ds = _test_set(config, _device(config.device), n_in)
+        if not resume: folder = _begin(config, n_in, out)
+        _train(learn, config, folder, test_ds if test else None)
+    return folder
+
+def _asked(settings):
+    unknown = [name for name in settings if name not in _NAMES]
+    if unknown: raise ValueError(f'expected settings in {_NAMES}, got {unknown}')
+    config = Settings(**settings)
+    if config.data_dir: config.data_dir = str(Path(config.data_dir).expanduser().resolve())
+    return config
+
+def _test_set(config, device, n_in=None):
+    x, y = (t.to(device) for t in get_test_data(config.dataset, config.data_dir))
+    _check_data('test', x, y, config, n_in)
+    return Dataset(x, y)
+
+@contextmanager
+def _one_thread():  # faster than two for models as small as these
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
+# %% ../nbs/14_experiments.ipynb #140030
+def _run_folders(out): # oldest first
+    return sorted(path.parent for path in Path(out).expanduser().glob('*/config.json'))
+
+def _find_run(run, out):
+    "The folder of a run that is named by its path or its name."
+    places = [folder for folder in (Path(run).expanduser(), Path(out).expanduser()/run) if folder.is_dir()]
+    for folder in places:
+        if (folder/'config.json').is_file(): return folder
+    if places:
+        raise ValueError(f'{places[0]}: expected a run, found a folder without config.json: just begun?')
+    names = [folder.name for folder in _run_folders(out)]
+    raise ValueError(f'expected a run, got {str(run)!r}; there are {names} in {out}')
+
+def _resumed(folder, settings):
+    if settings:
+        raise ValueError(f'expected no settings with --resume, since a run keeps its own; got {[*settings]}')
+    config = read_settings(folder)
+    _check_here(config)
+    return config
+
+# %% ../nbs/14_experiments.ipynb #140117
+def read_settings(folder) -> Settings: # of a run
+    "What a run was started with, also elsewhere; raises `ValueError` for a cut, foreign or newer file."
+    path = Path(folder).expanduser()/'config.json'
+    config = _read_json(path)
+    made, settings = config.get('format', RUN_FORMAT), config.get('settings')
+    if made != RUN_FORMAT:
+        raise ValueError(f'{path}: expected format {RUN_FORMAT!r}, found {made!r}: made by a newer version?')
+    if not isinstance(settings, dict) or not {'epochs', 'model', 'opt', 'sched', 'lr'} <= settings.keys():
+        raise ValueError(f'{path}: expected the settings of a run, found none: made by another program?')
+    new = [name for name in settings if name not in _NAMES]
+    if new:
+        raise ValueError(f'{path}: expected known settings, found {new} as well: made by a newer version?')
+    try: return Settings(**settings, here=False)
+    except ValueError as e: raise ValueError(f'{path}: {e}') from None
+
+def _read_json(path):
+    try: value = json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path}: expected JSON, found something else, or a part: {e}') from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{path}: expected an object with names, found a {type(value).__name__}')
+    return value
+
+# %% ../nbs/14_experiments.ipynb #140039
+def read_metrics(folder # of a run
+                ) -> list: # one dict per epoch, name -> number
+    "What `metrics.csv` holds, nothing before the first epoch ends; raises `ValueError` for a damaged file."
+    path = Path(folder).expanduser()/'metrics.csv'
+    if not path.exists(): return []
+    try:
+        text = path.read_text(encoding='utf-8')
+        if not text.endswith('\n'): raise ValueError(f'a last line that is cut short: {text[-40:]!r}')
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(text.splitlines())]
+    except (ValueError, TypeError, csv.Error) as e:  # TypeError: a line of more or fewer fields
+        raise ValueError(f'{path}: expected a line of numbers for each epoch, found {e}') from None
+
+# %% ../nbs/14_experiments.ipynb #140060
+def load_run(run, # folder of a run, or its name in `out`
+             out:str='runs', # where the folders of runs are
+             device=None, # to put it on; None: where it was trained if that is there, else what is
+             data_dir=None, # folder with the four files of the dataset; None: where they were
+            ) -> Learner: # with the weights of its best epoch
+    "A Learner as the run made it, trained, perhaps on another machine; warns if the data aren't there."
+    folder = _find_run(run, out)
+    settings, weights = read_settings(folder), folder/'model.safetensors'
+    if not weights.is_file():
+        raise ValueError(f'{weights}: expected the weights of the best epoch, found none: no epoch yet?')
+    settings.device = _there(settings.device) if device is None else str(device)
+    if data_dir is not None: settings.data_dir = str(data_dir)
+    try: learn = make_learner(settings)
+    except OSError as e:
+        if data_dir is not None: raise
+        warnings.warn(f'{folder}: a Learner without data, which are no longer where they were: {e}')
+        n_in = _read_json(folder/'config.json').get('n_in', 784)
+        learn = _learner(settings, n_in, _device(settings.device))
+    load_weights(learn.model, weights)
+    return learn
+
+def _there(device):
+    with suppress(ValueError): return str(_device(device))
+    return 'auto'
+
+# %% ../nbs/14_experiments.ipynb #140044
+def list_runs(out:str='runs', # where the folders of runs are
+             ) -> list: # one dict per run, oldest first: run, settings, results
+    "What each run was, and what came out; what can't be read is named on stderr, and hides nothing else."
+    stamped = [path for path in Path(out).expanduser().glob('[0-9]*-[0-9]*-*') if path.is_dir()]
+    rows = []
+    for folder in sorted({*stamped, *_run_folders(out)}):
+        with _told(folder): rows.append(_summary(_find_run(folder, out), _told))
+    return rows
+
+def _summary(folder, careful=nullcontext):
+    settings, rows, results = read_settings(folder), [], {}
+    with careful(folder): rows = _epochs_of(folder)
+    with careful(folder): results = _read_results(folder)
+    valid = [row['accuracy'] for row in rows if math.isfinite(row['accuracy'])]
+    return dict(run=folder.name, model=settings.model, opt=settings.opt, sched=settings.sched, lr=settings.lr,
+                epochs=f'{len(rows)}/{settings.epochs}', valid=max(valid, default=None),
+                seconds=results.get('seconds'))
+
+def _epochs_of(folder):
+    rows, needed = read_metrics(folder), ['epoch', 'valid_loss', 'accuracy']
+    if rows and not {*needed} <= rows[0].keys():
+        raise ValueError(f'{folder/"metrics.csv"}: expected columns {needed}, found {[*rows[0]]}')
+    return rows
+
+def _read_results(folder):
+    path = folder/'results.json'
+    results = _read_json(path) if path.exists() else {}
+    odd = {k: v for k, v in results.items() if isinstance(v, bool) or not isinstance(v, (int, float))}
+    if odd: raise ValueError(f'{path}: expected numbers, found {odd}')
+    return results
+
+# %% ../nbs/14_experiments.ipynb #140047
+def compare_runs(a, b, # folders of runs, or their names in `out`
+                 out:str='runs', # where the folders of runs are
+                ) -> list: # one dict per difference: what, and its value in each
+    "Settings and validation results in which two runs differ."
+    folders = [_find_run(run, out) for run in (a, b)]
+    x, y = (_summary(folder) | asdict(read_settings(folder)) for folder in folders)
+    one, other = (f.name for f in folders) if folders[0].name != folders[1].name else map(str, folders)
+    return [{'': k, one: x[k], other: y[k]} for k in x if k != 'run' and x[k] != y[k]]
+
+# %% ../nbs/14_experiments.ipynb #140191
+def plot_runs(*runs, # folders of runs, or their names in `out`; at least one
+              out:str='runs', # where the folders of runs are
+              axs=None): # two matplotlib axes; None: a new figure
+    "Draw validation loss and accuracy of several runs by epoch; return the figure."
+    if not runs: raise ValueError('expected at least one run, got none')
+    folders = [_find_run(run, out) for run in runs]
+    epochs = [_epochs_of(folder) for folder in folders]
+    if axs is None: _, axs = _figure(1, 2, figsize=(11, 3.2))
+    for ax, key, label in zip(axs, ('valid_loss', 'accuracy'), ('validation loss', 'validation accuracy')):
+        for folder, rows in zip(folders, epochs):
+            _plot_epochs(ax, rows, key, ms=3, label=_drawn(folder.name))
+        ax.set(ylabel=label, title=f'{label.capitalize()}, run by run')
+    axs[1].legend(fontsize=7, loc='upper left', bbox_to_anchor=(1.02, 1))
+    return axs[1].figure
+
+def _drawn(name):
+    "A name in letters that a picture can have: no bytes of another alphabet, and no formula."
+    return name.encode('utf-8', 'backslashreplace').decode().replace('$', r'\$')
+
+# %% ../nbs/14_experiments.ipynb #140135
+def final_accuracy(run, # folder of a run, or its name in `out`
+                   out:str='runs', # where the folders of runs are
+                  ) -> float: # share of the test images that its best weights get right
+    "Test accuracy of the run that was chosen; no choice should depend on it."
+    folder = _find_run(run, out)
+    learn = load_run(folder)
+    device = next(learn.model.parameters()).device
+    return learn.validate(_test_set(read_settings(folder), device))['accuracy']
+
+# %% ../nbs/14_experiments.ipynb #140052
+def _exp_train_command(argv=None):
+    "`exp_train` for the shell; `argv` instead of the command line's options, for tests."
+    parser = argparse.ArgumentParser('exp_train', description='Train on digits, in a folder runs/TIME-NAME.',
+                                     argument_default=argparse.SUPPRESS)
+    parser.add_argument('--resume', metavar='RUN', help='go on with a run that was interrupted')
+    parser.add_argument('--out', help='where the folders of runs are; default: runs')
+    parser.add_argument('--test', action='store_true', help='show the test accuracy at the end')
+    for f in fields(Settings):
+        names = dict.fromkeys([f'--{f.name}', f'--{f.name.replace("_", "-")}'])
+        kind = dict(action='store_true') if f.type is bool else dict(type=f.type, metavar=f.name.upper())
+        default = f'default: {f.default}' if f.default else ''
+        help = f.metadata['help'], f.metadata['words'], ', '.join(f.metadata['choices']), default
+        parser.add_argument(*names, help='; '.join(filter(None, help)), **kind)
+    options = vars(parser.parse_args(argv))
+    _run_command('exp_train', lambda: exp_train(**options))
+
+def _run_command(name, command):
+    "Run it for the shell: an error is one line."
+    try: command()
+    except (ValueError, OSError, ArithmeticError) as e: sys.exit(f'{name}: {e}')
+    except (RuntimeError, MemoryError, TypeError, LookupError) as e:  # say, of sizes that no memory has
+        sys.exit(f'{name}: {type(e).__name__}: {str(e).strip().partition(chr(10))[0]}')
+    except KeyboardInterrupt: sys.exit(130)
+
+# %% ../nbs/14_experiments.ipynb #140053
+def exp_runs(*runs, # none: a table of all; two: what is different
+             plot:str=None, # file for a picture of the runs, or of all
+             out:str='runs', # where the folders of runs are
+             test:bool=False): # show the test accuracy of one run, the one that was chosen
+    "List runs, compare two, or draw several; measure one on the test set. Raises `ValueError` for odd runs."
+    if test and len(runs) != 1:
+        raise ValueError(f'expected one run with --test, chosen by its validation accuracy; got {len(runs)}')
+    if test: return say(f'test accuracy: {final_accuracy(*runs, out=out):.2%}')
+    if len(runs) == 2 and not plot: rows = compare_runs(*runs, out=out)
+    else: rows = [_summary(_find_run(run, out)) for run in runs] if runs else list_runs(out)
+    if not rows: return say('no difference' if runs else f'no runs in {out}')
+    _print_table(rows)
+    if not plot: return
+    drawn = runs or [row['run'] for row in rows if row['valid'] is not None]
+    _save_figure(plot_runs(*drawn, out=out), plot)
+
+def _exp_runs_command(argv=None):
+    "`exp_runs` for the shell; `argv` instead of the command line's options, for tests."
+    parser = argparse.ArgumentParser('exp_runs', description='List runs, compare two, or draw several.')
+    parser.add_argument('runs', nargs='*', metavar='RUN', help='none: a table of all; two: what is different')
+    parser.add_argument('--plot', metavar='FILE.png', help='draw the runs, or all, into this file')
+    parser.add_argument('--out', default='runs', help='where the folders of runs are; default: runs')
+    parser.add_argument('--test', action='store_true', help='show the test accuracy of one run')
+    options = vars(parser.parse_args(argv))
+    _run_command('exp_runs', lambda: exp_runs(*options.pop('runs'), **options))
 
 # %% ../nbs/14_experiments.ipynb #140023
 class _TensorBoard(Callback):
@@ -230,305 +565,3 @@ class _TensorBoard(Callback):
     def cleanup_fit(self, learn):
         if self.writer: self.writer.close()
         self.writer = None
-
-# %% ../nbs/14_experiments.ipynb #140025
-def _figure(rows, columns, **kwargs):
-    from matplotlib.figure import Figure  # without pyplot: no window, whatever the backend
-    fig = Figure(layout='constrained', **kwargs)
-    return fig, fig.subplots(rows, columns)
-
-def _save_figure(fig, path):
-    with atomic_write(path) as file: fig.savefig(file, format='png', dpi=100)
-
-def _plot_epochs(ax, rows, key, **kwargs):
-    ax.plot([row['epoch'] + 1 for row in rows], [row[key] for row in rows], 'o-', **kwargs)
-    ax.set_xlabel('epoch')
-    ax.xaxis.get_major_locator().set_params(integer=True)
-
-def _draw_curves(recorder, path):
-    fig, (loss, acc, lr) = _figure(1, 3, figsize=(11, 3))
-    recorder.plot_loss(loss).set_title('Loss')
-    _plot_epochs(acc, recorder.epochs, 'accuracy', color='tab:orange')
-    acc.set(ylabel='validation accuracy', title='Accuracy')
-    recorder.plot_lr(lr).set_title('Learning rate')
-    _save_figure(fig, path)
-
-def _image_shape(config, n):
-    "Rows and columns of the test images, which have n pixels."
-    if not config.data_dir: return 28, n//28
-    for path in sorted(Path(config.data_dir).expanduser().iterdir()):
-        if not path.name.lower().startswith('t10k') or 'images' not in path.name.lower(): continue
-        with suppress(ValueError, OSError):
-            shape = tuple(read_idx(path).shape[1:])
-            if math.prod(shape) == n: return shape
-    return 1, n
-
-def _draw_mistakes(model, x, y, shape, path):
-    fig, axs = _figure(2, 6, figsize=(9, 3.4))
-    fig.suptitle('Most confidently wrong: label, prediction, confidence')
-    for ax in axs.flat: ax.set_axis_off()
-    for ax, i, c, p in zip(axs.flat, *most_wrong(model.eval(), x, y)):
-        show_image(x[i].view(shape), ax, f'{y[i]} as {c}\n{p:.1%}')
-    _save_figure(fig, path)
-
-# %% ../nbs/14_experiments.ipynb #140028
-def exp_train(resume:str=None, # a run to go on with: its folder, or its name in `out`
-              out:str='runs', # where the folders of runs are
-              **settings) -> Path: # fields of `Settings`; returns the folder
-    "Train, and keep everything in a folder of its own; raises `ValueError` for wrong options. Ctrl-C saves."
-    if resume and settings:
-        raise ValueError(f'expected no settings with --resume, since a run keeps its own; got {[*settings]}')
-    known = [f.name for f in fields(Settings)]
-    unknown = [name for name in settings if name not in known]
-    if unknown: raise ValueError(f'expected settings in {known}, got {unknown}')
-    folder = resume and _find_run(resume, out)
-    config = read_settings(folder) if resume else Settings(**settings)
-    if resume: _check_here(config)
-    elif config.data_dir: config.data_dir = str(Path(config.data_dir).expanduser().resolve())
-    with _one_thread():
-        learn = make_learner(config)
-        n_in = learn.dls[0].ds.x.shape[1]
-        test = [t.to(_device(config.device)) for t in get_test_data(config.dataset, config.data_dir)]
-        _check_data('test', *test, config, n_in)
-        if not resume:
-            folder = _new_folder(config.name, out)
-            about = dict(format=RUN_FORMAT, settings=asdict(config), versions=_versions(), n_in=n_in)
-            _write_json(about, folder/'config.json')
-        _train(learn, config, folder, *test)
-    return folder
-
-@contextmanager
-def _one_thread():  # faster than two for models as small as these
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(threads)
-
-# %% ../nbs/14_experiments.ipynb #140029
-def _train(learn, config, folder, x, y):
-    log = _Log(folder)
-    learn.cbs = [log if isinstance(cb, Progress) else cb for cb in learn.cbs]
-    cbs = [Scheduler(lr=SCHEDULES[config.sched](config.lr)), SaveBest(folder/'model.safetensors', 'accuracy'),
-           Checkpoint(folder/'checkpoint', keep=2, monitor=None, resume=True)]
-    if config.tensorboard: cbs.append(_TensorBoard(folder))
-    try: learn.fit(config.epochs, cbs=cbs)
-    except KeyboardInterrupt:
-        log.say(f'interrupted; to go on: exp_train --resume {shlex.quote(str(folder))}')
-        raise
-    acc = learn.validate(DataLoader(Dataset(x, y), 512))['accuracy']
-    seconds = sum(row['seconds'] for row in learn.recorder.epochs)
-    if log.owed: learn.recorder.to_csv(folder/'metrics.csv')
-    _write_json(dict(test_accuracy=acc, seconds=seconds), folder/'results.json')
-    _draw_curves(learn.recorder, folder/'curves.png')
-    _draw_mistakes(learn.model, x, y, _image_shape(config, x.shape[1]), folder/'mistakes.png')
-    log.say(f'test accuracy: {acc:.2%} of {len(y):,} images, after {seconds:.1f} s')
-    log.say(f'run: {folder}')
-
-# %% ../nbs/14_experiments.ipynb #140030
-def _find_run(run, out):
-    "The folder of a run that is named by its path or its name."
-    places = [Path(run).expanduser(), Path(out).expanduser()/run]
-    folder = next((f for f in places if (f/'config.json').is_file()), None)
-    if folder: return folder
-    empty = next((f for f in places if f.is_dir() and f.name), None)
-    if empty:
-        raise ValueError(f'{empty}: expected a run, found a folder without config.json: just begun?')
-    names = [f.name for f in _run_folders(out)]
-    raise ValueError(f'expected a run, got {str(run)!r}; there are {names} in {out}')
-
-def _run_folders(out): # oldest first
-    return sorted(p.parent for p in Path(out).expanduser().glob('*/config.json'))
-
-def _read_json(path):
-    try: value = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'{path}: expected JSON, found something else, or a part: {e}') from None
-    if not isinstance(value, dict):
-        raise ValueError(f'{path}: expected an object with names, found a {type(value).__name__}')
-    return value
-
-def read_settings(folder) -> Settings: # of a run
-    "What a run was started with, also elsewhere; raises `ValueError` for a cut, foreign or newer file."
-    path = Path(folder).expanduser()/'config.json'
-    config, known = _read_json(path), [f.name for f in fields(Settings)]
-    if config.get('format', RUN_FORMAT) != RUN_FORMAT:
-        found = config['format']
-        raise ValueError(f'{path}: expected format {RUN_FORMAT!r}, found {found!r}: made by a newer version?')
-    settings = config.get('settings')
-    if not isinstance(settings, dict) or not {'epochs', 'model', 'opt', 'sched', 'lr'} <= settings.keys():
-        raise ValueError(f'{path}: expected the settings of a run, found none: made by another program?')
-    unknown = [k for k in settings if k not in known]
-    if unknown:
-        raise ValueError(f'{path}: expected settings in {known}, found {unknown} as well: '
-                         'made by a newer version?')
-    try: return Settings(**settings, here=False)
-    except ValueError as e: raise ValueError(f'{path}: {e}') from None
-
-# %% ../nbs/14_experiments.ipynb #140060
-def load_run(run, # folder of a run, or its name in `out`
-             out:str='runs', # where the folders of runs are
-             device=None, # to put it on; None: where it was trained if that is there, else what is
-             data_dir=None, # folder with the four files of the dataset; None: where they were
-            ) -> Learner: # with the weights of its best epoch
-    "A Learner as the run made it, trained, perhaps on another machine; warns if the data aren't there."
-    folder = _find_run(run, out)
-    settings, weights = read_settings(folder), folder/'model.safetensors'
-    if not weights.is_file():
-        raise ValueError(f'{weights}: expected the weights of the best epoch, found none: no epoch yet?')
-    settings.device = _device_there(settings.device) if device is None else str(device)
-    if data_dir is not None: settings.data_dir = str(data_dir)
-    try: learn = make_learner(settings)
-    except OSError as e:
-        if data_dir is not None: raise
-        warnings.warn(f'{folder}: a Learner without data, which are no longer where they were: {e}')
-        n_in = _read_json(folder/'config.json').get('n_in', 784)
-        learn = _learner(settings, n_in, _device(settings.device))
-    load_weights(learn.model, weights)
-    return learn
-
-def _device_there(name):
-    try: _device(name)
-    except ValueError: return 'auto'
-    return name
-
-# %% ../nbs/14_experiments.ipynb #140039
-def read_metrics(folder # of a run
-                ) -> list: # one dict an epoch, name -> number
-    "What `metrics.csv` holds, nothing before the first epoch ends; raises `ValueError` for a damaged file."
-    path = Path(folder).expanduser()/'metrics.csv'
-    if not path.exists(): return []
-    try:
-        text = path.read_text(encoding='utf-8')
-        if not text.endswith('\n'): raise ValueError(f'a last line that is cut short: {text[-40:]!r}')
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(text.splitlines())]
-    except (ValueError, TypeError, csv.Error) as e:  # TypeError: a line of more or fewer fields
-        raise ValueError(f'{path}: expected a line of numbers for each epoch, found {e}') from None
-
-# %% ../nbs/14_experiments.ipynb #140044
-def list_runs(out:str='runs', # where the folders of runs are
-             ) -> list: # one dict a run, oldest first: run, settings, results
-    "What each run was, and what came out; what can't be read is named on stderr, and hides nothing else."
-    rows = []
-    for folder in _run_folders(out):
-        with _told(folder): rows.append(_summary(folder, _told))
-    for folder in sorted(Path(out).expanduser().glob('[0-9]*-[0-9]*-*')):
-        with _told(folder):
-            if folder.is_dir() and not (folder/'config.json').exists(): _find_run(folder, out)
-    return rows
-
-@contextmanager
-def _told(folder):
-    "An error within becomes a line that names the folder."
-    try: yield
-    except (ValueError, OSError) as e: _complain(str(e) if str(folder) in str(e) else f'{folder}: {e}')
-
-def _summary(folder, careful=lambda folder: nullcontext()):
-    settings, rows, results = read_settings(folder), [], {}
-    with careful(folder): rows = read_metrics(folder)
-    with careful(folder): results = _read_results(folder)
-    valid = [row['accuracy'] for row in rows if math.isfinite(row.get('accuracy', math.nan))]
-    return dict(run=folder.name, model=settings.model, opt=settings.opt, sched=settings.sched, lr=settings.lr,
-                epochs=f'{len(rows)}/{settings.epochs}', valid=max(valid, default=None),
-                test=results.get('test_accuracy'), seconds=results.get('seconds'))
-
-def _read_results(folder):
-    path = folder/'results.json'
-    results = _read_json(path) if path.exists() else {}
-    known = {k: v for k, v in results.items() if k in ('test_accuracy', 'seconds')}
-    odd = {k: v for k, v in known.items() if isinstance(v, bool) or not isinstance(v, (int, float))}
-    if odd: raise ValueError(f'{path}: expected numbers, found {odd}')
-    return results
-
-def _print_table(rows):
-    "Rows, dicts of the same keys, under a heading; nothing for None."
-    def text(v): return '' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v)
-    cells = [[*rows[0]]] + [[*map(text, row.values())] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for line in cells: say('  '.join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip())
-
-# %% ../nbs/14_experiments.ipynb #140047
-def compare_runs(a, b, # folders of runs, or their names in `out`
-                 out:str='runs', # where the folders of runs are
-                ) -> list: # one dict a difference: what, and its value in each
-    "Settings and results in which two runs differ."
-    folders = [_find_run(run, out) for run in (a, b)]
-    results = [{k: _summary(f)[k] for k in ('valid', 'test', 'seconds')} for f in folders]
-    both = [asdict(read_settings(f)) | r for f, r in zip(folders, results)]
-    one, other = (f.name for f in folders) if folders[0].name != folders[1].name else map(str, folders)
-    return [{'': k, one: both[0][k], other: both[1][k]} for k in both[0] if both[0][k] != both[1][k]]
-
-def plot_runs(*runs, # folders of runs, or their names in `out`; at least one
-              out:str='runs'): # where the folders of runs are
-    "Draw validation loss and accuracy of several runs by epoch; return the figure."
-    if not runs: raise ValueError('expected at least one run, got none')
-    folders = [_find_run(run, out) for run in runs]
-    epochs = [_epochs_of(folder) for folder in folders]
-    fig, axs = _figure(1, 2, figsize=(10, 3.2))
-    for ax, key, label in zip(axs, ('valid_loss', 'accuracy'), ('validation loss', 'validation accuracy')):
-        for folder, rows in zip(folders, epochs):
-            _plot_epochs(ax, rows, key, ms=3, label=_drawn(folder.name))
-        ax.set(ylabel=label, title=f'{label.capitalize()}, run by run')
-    axs[1].legend(fontsize=7)
-    return fig
-
-def _drawn(name):
-    "A name in letters that a picture can have: no bytes of another alphabet, and no formula."
-    return name.encode('utf-8', 'backslashreplace').decode().replace('$', r'\$')
-
-def _epochs_of(folder):
-    rows, needed = read_metrics(folder), ['epoch', 'valid_loss', 'accuracy']
-    if rows and not {*needed} <= rows[0].keys():
-        raise ValueError(f'{folder/"metrics.csv"}: expected columns {needed}, found {[*rows[0]]}')
-    return rows
-
-# %% ../nbs/14_experiments.ipynb #140052
-def _exp_train_command(argv=None):
-    "`exp_train` for the shell; `argv` instead of the command line's options, for tests."
-    about = 'Train on digits; everything goes into a folder runs/TIME-NAME.'
-    parser = argparse.ArgumentParser('exp_train', description=about, argument_default=argparse.SUPPRESS)
-    parser.add_argument('--resume', metavar='RUN', help='go on with a run that was interrupted')
-    parser.add_argument('--out', help='where the folders of runs are (default: runs)')
-    for f in fields(Settings):
-        names = dict.fromkeys([f'--{f.name}', f'--{f.name.replace("_", "-")}'])
-        default = '' if f.default in (None, False) else f' (default: {f.default})'
-        kind = dict(action='store_true') if f.type is bool else dict(type=f.type, metavar=f.name.upper())
-        parser.add_argument(*names, help=f.metadata['help'] + default, **kind)
-    options = vars(parser.parse_args(argv))
-    _run_command('exp_train', lambda: exp_train(**options))
-
-def _run_command(name, command):
-    "Run it for the shell: an error is one line."
-    try: command()
-    except (ValueError, OSError, ArithmeticError) as e: sys.exit(f'{name}: {e}')
-    except (RuntimeError, MemoryError, TypeError, LookupError) as e:  # say, of sizes that no memory has
-        sys.exit(f'{name}: {type(e).__name__}: {str(e).strip().partition(chr(10))[0]}')
-    except KeyboardInterrupt: sys.exit(130)
-
-# %% ../nbs/14_experiments.ipynb #140053
-def exp_runs(*runs, # none: a table of all; two: what is different
-             plot:str=None, # file for a picture of the runs, or of all
-             out:str='runs'): # where the folders of runs are
-    "List runs, compare two, or draw several."
-    if len(runs) == 2 and not plot: rows = compare_runs(*runs, out=out)
-    else: rows = [_summary(_find_run(run, out)) for run in runs] if runs else list_runs(out)
-    if not rows: return say(f'no runs in {out}' if not runs else 'no difference')
-    _print_table(rows)
-    if plot: _save_figure(plot_runs(*(runs or _drawable(out)), out=out), plot)
-
-def _drawable(out):
-    "The runs whose settings and results can be read; the others were named with the table."
-    found = []
-    for folder in _run_folders(out):
-        with suppress(ValueError, OSError):
-            read_settings(folder), _epochs_of(folder)
-            found.append(folder)
-    return found
-
-def _exp_runs_command(argv=None):
-    "`exp_runs` for the shell; `argv` instead of the command line's options, for tests."
-    parser = argparse.ArgumentParser('exp_runs', description=exp_runs.__doc__)
-    parser.add_argument('runs', nargs='*', metavar='RUN', help='none: a table of all; two: what is different')
-    parser.add_argument('--plot', metavar='FILE.png', help='draw the runs, or all, into this file')
-    parser.add_argument('--out', default='runs', help='where the folders of runs are (default: runs)')
-    options = parser.parse_args(argv)
-    _run_command('exp_runs', lambda: exp_runs(*options.runs, plot=options.plot, out=options.out))

@@ -107,7 +107,7 @@ def test_what_can_be_read_of_a_damaged_run_is_listed(file, content, words, good,
     capsys.readouterr()
     rows = list_runs()
     told = capsys.readouterr().err
-    assert [row['run'] for row in rows] == [run.name, first.name, second.name] and rows[0]['model'] == 'linear' and rows[1]['test'] is not None
+    assert [row['run'] for row in rows] == [run.name, first.name, second.name] and rows[0]['model'] == 'linear' and rows[1]['seconds'] is not None
     assert len(told.splitlines()) == 1 and str(run) in told
     exp_runs(plot='all.png')
     with pytest.raises((ValueError, OSError), match=words) as error: exp_runs(run)
@@ -242,7 +242,7 @@ def test_two_processes_resume_one_run(small, monkeypatch):
     assert len(second.stderr.splitlines()) == 1 and sorted(folder.rglob('*')) == before
     first.kill(), first.wait()
     third = subprocess.run(command, capture_output=True, text=True)
-    assert third.returncode == 0 and 'test accuracy' in third.stdout and third.stderr == ''
+    assert third.returncode == 0 and 'validation accuracy' in third.stdout and third.stderr == ''
 
 
 def test_a_full_disk_does_not_end_a_training_through_its_log(small, monkeypatch, capsys):
@@ -298,7 +298,7 @@ def test_screens_of_all_kinds(good, tmp_path):
         assert done.returncode == 0 and done.stderr == b'', (command, done)
         if env: assert b'20310101-000000-????????' in done.stdout
     done = shell(tmp_path, 'exp_train --epochs 1 --model linear --out o --name ё | head -1', **ascii)
-    assert done.returncode == 0 and done.stderr == b'' and len(list_runs('o')) == 1 and list_runs('o')[0]['test'] > 0.8
+    assert done.returncode == 0 and done.stderr == b'' and len(list_runs('o')) == 1 and list_runs('o')[0]['valid'] > 0.8
     (Path('runs')/'20320101-000000-ё').mkdir()
     done = shell(tmp_path, 'exp_runs 2>&-')
     assert done.returncode == 0 and b'expected a run' not in done.stdout
