@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .nb_00 import default_device
 from .nb_05 import brief, copy_nest, is_sum, to_device, whole_number
 from .nb_10 import Callback, CancelBatch, load_opt_state, own_batches
+from .nb_11 import get_rng_state, set_rng_state
 
 # %% ../nbs/15_callbacks.ipynb #150007
 class GradientClip(Callback):
@@ -78,7 +79,11 @@ class OverfitOneBatch(Callback):
         self.n = whole_number(n, 'n, the steps an epoch,')
 
     def before_fit(self, learn):
-        self.dls, learn.dls = learn.dls, (_Repeated(next(iter(learn.dls[0])), self.n), None)
+        state = get_rng_state(learn.dls)
+        batch = next(iter(learn.dls[0]), None)
+        set_rng_state(state, learn.dls)
+        if batch is None: raise ValueError('expected a batch to train on, got none')
+        self.dls, learn.dls = learn.dls, (_Repeated(batch, self.n), None)
 
     def cleanup_fit(self, learn): learn.dls = vars(self).pop('dls', learn.dls)
 
@@ -134,7 +139,16 @@ class BatchTransform(Callback):
 
 def _is_several(value): return isinstance(value, (tuple, list))
 
-# %% ../nbs/15_callbacks.ipynb #150366
+# %% ../nbs/15_callbacks.ipynb #150455
+def _n_arguments(func):
+    "How many arguments a function asks for; None: as many as there are."
+    try: params = inspect.signature(getattr(func, 'forward', func)).parameters.values()
+    except (TypeError, ValueError): return 1  # of a function that is not written in Python
+    if any(p.kind is p.VAR_POSITIONAL for p in params): return None
+    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return max(1, sum(p.default is p.empty and p.kind in positional for p in params))
+
+# %% ../nbs/15_callbacks.ipynb #150458
 @patch
 def of_fields(self:BatchTransform, batch, own):
     "A batch of changed fields; `own`: the Learner knows which of them are inputs, and we don't."
@@ -147,14 +161,6 @@ def of_fields(self:BatchTransform, batch, own):
     if n < fields: _check_rows(new, batch)
     new += batch[n:]
     return type(batch)(*new) if hasattr(batch, '_fields') else tuple(new)
-
-def _n_arguments(func):
-    "How many arguments a function asks for; None: as many as there are."
-    try: params = inspect.signature(getattr(func, 'forward', func)).parameters.values()
-    except (TypeError, ValueError): return 1  # of a function that is not written in Python
-    if any(p.kind is p.VAR_POSITIONAL for p in params): return None
-    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return max(1, sum(p.default is p.empty and p.kind in positional for p in params))
 
 # %% ../nbs/15_callbacks.ipynb #150368
 def _checked_fields(new, old):

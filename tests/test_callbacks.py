@@ -441,3 +441,11 @@ def test_on_cuda():
     gpu, cpu = run([Device('cuda'), BatchTransform(note, valid=True)]), run(BatchTransform(double, valid=True))
     assert set(seen) == {'cuda'}
     near(gpu.recorder.losses, cpu.recorder.losses, rtol=1e-3)
+
+
+def test_one_batch_leaves_the_order_of_the_rows():
+    learn = new_learner(lr=0.)
+    learn.fit(1, cbs=OverfitOneBatch(3))
+    learn.fit(2)
+    assert same(learn, run(lr=0.))
+    with pytest.raises(ValueError, match='a batch to train on, got none'): run(OverfitOneBatch(), dls=([], None))
