@@ -48,7 +48,8 @@ class GradientAccumulation(Callback):
 
     def weighted_backward(self, learn):
         loss, weight = learn.loss, learn.loss_weight()
-        learn.loss, self.batches, self.weight = loss*weight, self.batches + 1, self.weight + weight
+        self.batches, self.weight = self.batches + 1, self.weight + weight
+        learn.loss = loss*weight
         self.backward()
         learn.loss = loss
 
