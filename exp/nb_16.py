@@ -49,7 +49,7 @@ def _ignored(loss_func):
 def confusion_matrix(pred:Tensor, # scores (n, classes)
                      target:Tensor, # classes (n,), whole numbers
                      ignore_index:int=-100, # the target of rows that don't count
-                    ) -> Tensor: # (classes, classes) int64: how often this target (row) got this prediction (column)
+                    ) -> Tensor: # (classes, classes) int64: rows are targets, columns are predictions
     "How often each class was taken for each; raises `ValueError` for what are no scores and classes."
     pred, target = _checked(pred, target, ignore_index)
     n = pred.shape[1]
@@ -76,8 +76,8 @@ def plot_matrix(matrix:Tensor, # (classes, classes), from `confusion_matrix`
 
 # %% ../nbs/16_results.ipynb #160167
 class Report:
-    """Precision, recall and F1 of each class, as a table where it is shown. 0/0 counts as 0, but is nan for a class
-    that neither occurs nor is called; the macro average leaves it out. Raises `ValueError` without rows."""
+    """Precision, recall and F1 of each class, as a table where it is shown. 0/0 counts as 0, but is nan for a
+    class that neither occurs nor is called; the macro average leaves it out. Raises `ValueError` without rows."""
     def __init__(self,
                  matrix:Tensor, # (classes, classes), from `confusion_matrix`
                  labels=None): # names of the classes; None: their numbers
@@ -265,8 +265,8 @@ def _titles(target, pred, labels):
 @patch
 def show_results(self:Interpretation,
                  n:int=10): # pictures
-    """Draw the first `n` images of the first batch, titled target -> prediction, a pair for each output; return the
-    axes. Raises `ValueError` if there is no target for each prediction."""
+    """Draw the first `n` images of the first batch, titled target -> prediction, a pair for each output;
+    return the axes. Raises `ValueError` if there is no target for each prediction."""
     n = whole_number(n, 'n')
     with self.learn.nested(()):
         self.learn.batch = self.first
