@@ -65,7 +65,7 @@ def plot_matrix(matrix:Tensor, # (classes, classes), from `confusion_matrix`
     names = _names(labels, n)
     if ax is None: ax = plt.subplots(figsize=(0.6 + 0.45*n, 0.6 + 0.42*n))[1]
     wrong = matrix - matrix.diag().diag()
-    ax.imshow(wrong, cmap='Oranges')
+    ax.imshow(wrong.numpy(), cmap='Oranges')
     for i, row in enumerate(matrix.tolist()):
         for j, count in enumerate(row):
             color = 'white' if wrong[i, j] > 0.7*wrong.max() else 'black'
@@ -77,7 +77,7 @@ def plot_matrix(matrix:Tensor, # (classes, classes), from `confusion_matrix`
 # %% ../nbs/16_results.ipynb #160167
 class Report:
     """Precision, recall and F1 of each class, as a table where it is shown. 0/0 counts as 0, but is nan for a
-    class that neither occurs nor is called; the macro average leaves it out. Raises `ValueError` without rows."""
+    class that neither occurs nor is called; `macro` leaves it out. Raises `ValueError` without rows."""
     def __init__(self,
                  matrix:Tensor, # (classes, classes), from `confusion_matrix`
                  labels=None): # names of the classes; None: their numbers
@@ -160,10 +160,10 @@ class Calibration(NamedTuple):
         "Draw accuracy against confidence, with dots as large as their bins, and return the axes."
         import matplotlib.pyplot as plt
         if ax is None: ax = plt.subplots(figsize=(3.4, 3.4))[1]
-        x, y, area = self.confidence, self.accuracy, 12 + 120*self.rows/self.rows.max()
+        x, y, rows = (t.numpy() for t in self)
         ax.plot([0, 1], [0, 1], '--', color=COLORS['gray'])
         ax.vlines(x, x, y, color=COLORS['vermillion'])
-        ax.scatter(x, y, area, color=COLORS['blue'], zorder=3)
+        ax.scatter(x, y, 12 + 120*rows/rows.max(), color=COLORS['blue'], zorder=3)
         ax.set(xlabel='confidence', ylabel='share that is right', title=f'ECE {self.ece:.4f}')
         ax.set(xlim=(0, 1.04), ylim=(-0.04, 1.04), aspect='equal')
         return ax
@@ -275,7 +275,7 @@ def show_results(self:Interpretation,
     if len(preds) != len(targets):
         raise ValueError(f'expected a target for each of {len(preds)} predictions, got {len(targets)}')
     titles = zip(*(_titles(target, pred, self.labels) for target, pred in zip(targets, preds)))
-    return show_images([_image(im) for im in x], [*map(', '.join, titles)], ncols=5)
+    return show_images([_image(im) for im in x], [*map('\n'.join, titles)], ncols=5)
 
 # %% ../nbs/16_results.ipynb #160214
 def _row(nest, i):
