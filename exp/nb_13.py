@@ -630,6 +630,7 @@ def before_fit(self:Checkpoint, learn):
     for name, m in _parts(learn).items(): _readable({name: dict(_state(m))}, self.folder)
     _clear_parts(self.folder, 'epoch*-batch*.pt')
     self.signals.catch()
+
 @patch
 def before_epoch(self:Checkpoint, learn):
     self.loaders = *self.dls, *learn.dls
