@@ -45,7 +45,8 @@ def _read_header(f):
     code, ndim = magic[2:]
     if code not in IDX_DTYPES:
         raise IdxError(f'expected a dtype code in {[*map(hex, IDX_DTYPES)]}, found {code:#x}')
-    if not 1 <= ndim <= 32: raise IdxError(f'expected 1 to 32 dimensions, found {ndim}')
+    if not 1 <= ndim <= 32:  # as many as numpy's older versions have
+        raise IdxError(f'expected 1 to 32 dimensions, found {ndim}')
     sizes = f.read(4*ndim)
     if len(sizes) < 4*ndim:
         raise IdxError(f'the header promises {ndim} dimensions and ends after {len(sizes)//4}')
@@ -54,38 +55,45 @@ def _read_header(f):
 # %% ../nbs/01_data.ipynb #010037
 def _read_body(f, dtype, shape):
     "Exactly the numbers that the header promised, in this machine's byte order."
-    if dtype.itemsize * math.prod(max(s, 1) for s in shape) >= 2**63:
+    if dtype.itemsize * math.prod(max(s, 1) for s in shape) >= 2**63:  # even if some size is 0
         raise IdxError(f'no tensor can have shape {shape}')
     n = dtype.itemsize * math.prod(shape)
     data = bytearray()
-    while len(data) <= n and (chunk := f.read(min(n + 1 - len(data), 2**20))): data += chunk
+    while len(data) <= n:
+        chunk = f.read(min(n + 1 - len(data), 2**20))
+        if not chunk: break
+        data += chunk
     if len(data) != n:
         found = len(data) if len(data) < n else 'more'
         raise IdxError(f'the header promises shape {shape}, {n} bytes, and the file has {found}')
     numbers = np.frombuffer(data, dtype).reshape(shape)
     return torch.from_numpy(numbers.astype(dtype.newbyteorder('='), copy=False))
 
+# %% ../nbs/01_data.ipynb #10166
+def _open(src):
+    "A file to read from, and the name that an error message gives it."
+    if isinstance(src, (bytes, bytearray, memoryview)): return io.BytesIO(src), 'IDX bytes'
+    if isinstance(src, (str, os.PathLike)):
+        name = str(os.fspath(src))
+        if os.path.isdir(src): raise IdxError(f'{name}: expected an IDX file, found a directory')
+        return open(src, 'rb'), name
+    if not hasattr(src, 'read'):
+        raise TypeError(f'expected a path, bytes or a binary file, got {type(src).__name__}')
+    return nullcontext(src), str(getattr(src, 'name', src))  # whoever opened it closes it
+
 # %% ../nbs/01_data.ipynb #010039
 def read_idx(src, # path, bytes, or seekable binary file; gzipped or not
             ) -> Tensor: # the shape and dtype that the file declares
     "Read an IDX file (LeCun, Cortes and Burges, 1998); raises `IdxError` for anything that isn't one."
-    is_path = isinstance(src, (str, os.PathLike))
-    is_bytes = isinstance(src, (bytes, bytearray, memoryview))
-    if not is_path and not is_bytes and not hasattr(src, 'read'):
-        raise TypeError(f'expected a path, bytes or a binary file, got {type(src).__name__}')
-    name = 'IDX bytes' if is_bytes else str(os.fspath(src) if is_path else getattr(src, 'name', src))
-    if is_path:
-        if os.path.isdir(src): raise IdxError(f'{name}: expected an IDX file, found a directory')
-        file = open(src, 'rb')
-    else: file = nullcontext(io.BytesIO(src) if is_bytes else src)
+    file, name = _open(src)
     with file as f:
         try:
             if isinstance(f, io.TextIOBase):
                 raise IdxError('expected a file opened in binary mode, found text')
             start = f.read(2)
-            f.seek(-len(start), io.SEEK_CUR)
-            if start == b'\x1f\x8b': f = gzip.GzipFile(fileobj=f)
-            return _read_body(f, *_read_header(f))
+            f.seek(-len(start), io.SEEK_CUR)  # back to where it was
+            unpacked = gzip.GzipFile(fileobj=f) if start == b'\x1f\x8b' else f
+            return _read_body(unpacked, *_read_header(unpacked))
         except (IdxError, EOFError, gzip.BadGzipFile, zlib.error) as e:
             raise IdxError(f'{name}: {e}') from None
 
@@ -95,12 +103,12 @@ IDX_FILES = {'train': ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz
 
 # %% ../nbs/01_data.ipynb #010098
 _fashion = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/'
-_kuzushiji = 'http://codh.rois.ac.jp/kmnist/dataset/kmnist/'
+_kuzushiji = 'codh.rois.ac.jp/kmnist/dataset/kmnist/'
 MIRRORS = {  # tried in this order; the last is the Internet Archive's copy
     'fashion_mnist': [_fashion, 'https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/',
                       f'https://web.archive.org/web/2022id_/{_fashion}'],
-    'kmnist': [_kuzushiji.replace('http', 'https'), _kuzushiji,
-               f'https://web.archive.org/web/2022id_/{_kuzushiji}']}
+    'kmnist': [f'https://{_kuzushiji}', f'http://{_kuzushiji}',
+               f'https://web.archive.org/web/2022id_/http://{_kuzushiji}']}
 
 # %% ../nbs/01_data.ipynb #010099
 SHA256 = {
@@ -125,7 +133,7 @@ def fetch(name:str, # a key of `MIRRORS`
     folder, sha256 = Path(data_dir or pooch.os_cache('exp')/name), SHA256[name][file]
     path = folder/file
     failures, closed = [], getattr(sys.stderr, 'closed', False)
-    with redirect_stderr(None) if closed else nullcontext():  # pooch writes a log, which would raise
+    with redirect_stderr(None) if closed else nullcontext():  # where pooch's log would raise
         if path.is_file():
             if pooch.file_hash(path) == sha256: return path
             aside = shutil.copy(path, path.with_name(f'{file}.damaged'))
@@ -174,7 +182,7 @@ def _load(name, part, data_dir):
     return _pixels(x, paths[0]), y.long()
 
 def _pixels(x, path):
-    "Images as rows of float32 in [0, 1], from whole numbers up to 255 or from numbers that are there already."
+    "Rows of float32 in [0, 1], from numbers up to 255, or from floats that are in [0, 1] already."
     low, high = x.aminmax() if x.numel() else (0, 0)
     if x.is_floating_point() and 0 <= low <= high <= 1: return x.flatten(1).float()
     if 0 <= low <= high <= 255: return x.flatten(1).float().div_(255)
