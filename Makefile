@@ -19,7 +19,7 @@ help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 train: .venv/.run  ## train on MNIST, show the results; options in ARGS='--epochs 3'
-	@$(BIN)/exp_train $(ARGS)
+	@$(BIN)/exp_train --test $(ARGS)
 
 test: .venv/.dev  ## run every notebook from a cold kernel, then the tests
 	$(BIN)/nbdev_test --timing --n_workers 2

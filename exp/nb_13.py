@@ -20,12 +20,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 import exp
-<<<<<<< HEAD
 from .nb_05 import to_device
-from .nb_10 import Callback, Learner, Metrics, Recorder
-=======
-from .nb_10 import Callback, Learner, Metrics, Recorder, load_opt_state, to_device
->>>>>>> n13
+from .nb_10 import Callback, Learner, Metrics, Recorder, load_opt_state
 from .nb_11 import get_rng_state, set_rng_state
 
 # %% ../nbs/13_checkpoints.ipynb #130023

@@ -300,19 +300,19 @@ def top_losses(self:Interpretation,
     return torch.stack(losses).topk(min(n, len(losses)))
 
 # %% ../nbs/16_results.ipynb #160217
-@patch
-def show_results(self:Learner,
-                 n:int=10, # pictures
-                 dl=None, # iterable of batches (images, targets); None: the Learner's validation data
-                 labels=None): # names of the classes; None: their numbers
+@patch(nm='show_results')
+def _show_results(self:Learner,
+                  n:int=10, # pictures
+                  dl=None, # iterable of batches (images, targets); None: the Learner's validation data
+                  labels=None): # names of the classes; None: their numbers
     "Draw the first `n` images of the first batch, titled target -> prediction; return the axes."
     return self.interpret(itertools.islice(self.loader(dl), 1), labels).show_results(n)
 
-@patch
-def top_losses(self:Learner,
-               n:int=10, # rows
-               dl=None, # iterable of batches in a fixed order; None: the Learner's validation data
-              ) -> tuple: # losses (n,), indices of the rows (n,)
+@patch(nm='top_losses')
+def _top_losses(self:Learner,
+                n:int=10, # rows
+                dl=None, # iterable of batches in a fixed order; None: the Learner's validation data
+               ) -> tuple: # losses (n,), indices of the rows (n,)
     "The rows with the largest loss, largest first."
     return self.interpret(dl).top_losses(n)
 
