@@ -57,12 +57,13 @@ def test_prose_and_checks_go_on_to_the_end(path):
 @by_notebook
 def test_the_way_on(path):
     "Question, minutes and prerequisites at the top; exercises, what was built, and links to the neighbours."
-    text = [c['source'] for c in cells(path, 'markdown')]
-    assert re.search(r'^\*About \d+ minutes', text[1]), text[1][:80]
-    assert [title for title in ('## Exercises', '## What we built', '## Solutions') if title not in '\n'.join(text)] == []
-    names, i = [p.name for p in NOTEBOOKS], NOTEBOOKS.index(path)
-    end = text[next(k for k, t in enumerate(text) if t.startswith('## What we built')) + 1]
-    for neighbour in names[max(0, i - 1):i] + names[i + 1:i + 2]: assert f']({neighbour})' in text[1] + end, neighbour
+    text, names, i = [c['source'] for c in cells(path, 'markdown')], [p.name for p in NOTEBOOKS], NOTEBOOKS.index(path)
+    neighbours = [f'← {name[:-6]}]({name})' for name in names[max(0, i - 1):i]] + [f'{name[:-6]} →]({name})' for name in names[i + 1:i + 2]]
+    for link in [*neighbours, '[the map](index.ipynb)']: assert link in text[1].splitlines()[0]
+    assert re.search(r'^\*About \d+ minutes', text[1], re.M)
+    for title in ('## Exercises', '## What we built', '## Solutions'): assert any(t.startswith(title) for t in text), title
+    i = next(i for i, t in enumerate(text) if t.startswith('## What we built'))
+    assert '**Next:**' in '\n'.join(text[i:i + 2]), 'a sentence on what comes next'
 
 
 def defined(tree):
