@@ -20,7 +20,7 @@ class Recorded:
 def test_what_the_page_names_is_there(name):
     words = {'learn', 'dls', 'cbs', 'opt_func', 'loss_func', 'model', 'lr', 'metrics', 'train', 'valid', 'path', 'mode', 'monitor', 'patience', 'params', 'losses', 'lrs',
              'epochs', 'None', 'x', 'a', 'b', 'dl', 'folder', 'around_pass', 'safetensors', 'raise'}
-    places = exp.all, Learner, Recorder, Callback, Recorded, exp.all.SuggestedLRs
+    places = exp.all, Learner, Recorder, Callback, Recorded, exp.all.SuggestedLRs, exp.all.Interpretation
     assert name in words or name in EVENTS or any(hasattr(place, name) for place in places)
 
 
