@@ -51,10 +51,17 @@ class Kernel:
     "Runs cells as a notebook does, and says what they print."
     def __init__(self, folder):
         from execnb.shell import CaptureShell
+        import exp.all
+        classes = {v for v in vars(exp.all).values() if isinstance(v, type) and v.__module__.startswith('exp.')}
+        self.methods = {cls: dict(vars(cls)) for cls in classes}
         self.shell = CaptureShell(path=folder)
 
     def close(self):
-        "From now on there is no IPython here, as before."
+        "From now on there is no IPython here, as before, and the library's classes have no method of the notebook's."
+        for cls, before in self.methods.items():
+            for name in [name for name, value in vars(cls).items() if before.get(name) is not value]:
+                if name in before: setattr(cls, name, before[name])
+                elif not name.startswith('__'): delattr(cls, name)
         from IPython.core.interactiveshell import InteractiveShell
         InteractiveShell._instance = None
         for prompt in ('ps1', 'ps2', 'ps3'): vars(sys).pop(prompt, None)
