@@ -36,7 +36,7 @@ STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
 
 class CancelBatch(Exception): "Raise it in a callback to skip the rest of the batch, except its cleanup."
 class CancelEpoch(Exception): "Raise it in a callback to skip the rest of the epoch, except its cleanup."
-class CancelFit(Exception): "Raise it in a callback to end the fit after its cleanup."
+class CancelFit(Exception): "Raise it in a callback to end the fit; only its cleanup still comes."
 
 # %% ../nbs/10_learner.ipynb #100200
 _WORDS = (  # what the names of other libraries speak of, and the event here
@@ -902,7 +902,7 @@ class Progress(Callback):
         now = time.perf_counter()
         if now < self.next: return
         self.next = now + self.every
-        learn.loss.item()  # an error of the device is no error of the screen
+        learn.loss.item()  # an error of the device must come here: `show` would swallow it
         self.show(self.screen.update, learn)
 
 # %% ../nbs/10_learner.ipynb #100436
@@ -1015,7 +1015,7 @@ def _as_input(value):
 # %% ../nbs/10_learner.ipynb #100213
 @patch
 def freeze_to(self:Learner,
-              n:int): # how many parts to freeze; below 0, all but the last -n
+              n:int): # how many parts to freeze; -1: all but the last, -2: all but the last two, ...
     """Train only the last parts of the model: its children that have parameters, or those of an only child.
     Raises `ValueError` if nothing would be left to train."""
     parts = _parts(self.model)
