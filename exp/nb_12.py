@@ -45,7 +45,8 @@ class BaseOptimizer(torch.optim.Optimizer):
 
     def step(self, closure=None): # called first, with gradients on, if given; what it returns is returned
         "Update all parameters that have a gradient, in lists of one kind."
-        loss, lists = None if closure is None else torch.enable_grad()(closure)(), []
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        lists = []
         for group in self.param_groups:
             options, kinds = self.options(group), {}
             for p in group['params']:
