@@ -381,7 +381,8 @@ def _fit_record(p, record):
 
 # %% ../nbs/12_optimizers.ipynb #120216
 _TABLES = (nn.Embedding, nn.EmbeddingBag, nn.AdaptiveLogSoftmaxWithLoss)  # a row for each word or class
-_ADDED = r'([Nn]orm|[Ee]mb|Pos|[Ss]cale)\w*\.|\.\w*(bias|gain|gamma|scale|norm|emb|pos|token|cls|mask|table)'
+_ADDED = (r'((?i:norm|emb|scale|^pos)|Pos)\w*\.|'
+          r'(?i:\.(\w*(bias|gain|gamma|scale|norm|emb|token|cls|mask|table)|(\w*_)?pos))')
 _HEAD = (r'^(fc|policy|value|output|)$|'
          r'(^|[._])(heads?|heads\.\w+|classifier|logits|actor|critic|[a-z]+_embed)$')
 
