@@ -99,12 +99,13 @@ BaseOptimizer.profile_hook_step = staticmethod(_listened)  # what PyTorch puts a
 # %% ../nbs/12_optimizers.ipynb #120214
 def _fused(kernel, params, grads, remembered, *lists, **options):
     "Run a kernel of PyTorch's over the lists and return True, or return False where it doesn't fit."
-    p = params[0]
+    p, strides = params[0], [p.stride() for p in params]
     plain = type(p) in (Tensor, nn.Parameter) and p.is_floating_point() and not grads[0].is_sparse
     if not plain or p.device.type not in ('cpu', 'cuda') or torch.compiler.is_compiling(): return False
-    if any(v.stride() != p.stride() for p, v in zip(params, remembered)): return False  # gaps in memory
-    ordered = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in zip(params, grads)]
-    kernel(params, ordered, remembered, *lists, maximize=False, **options)
+    if strides != [v.stride() for v in remembered]: return False  # gaps in memory
+    found = zip(params, grads, strides)
+    grads = [g if g.stride() == stride else torch.empty_like(p).copy_(g) for p, g, stride in found]
+    kernel(params, grads, remembered, *lists, maximize=False, **options)
     torch.autograd.graph.increment_version(params)
     return True
 
