@@ -398,8 +398,7 @@ def _matrices(module):
             if p.ndim > 1 and min(p.flatten(1).shape) > 1: found.append(p)
     return found
 
-@patch(cls_method=True)
-def split_params(cls:Muon, *modules): # nn.Modules, such as `learn.modules`
+def _split_params(*modules): # nn.Modules, such as `learn.modules`
     """Groups for `Muon` by what a parameter is for: weights of hidden layers; embeddings, heads, biases, ...
     A head is the last matrix of a module, and of each part whose name says so."""
     params = dict.fromkeys(p for top in modules for p in top.parameters())
@@ -408,3 +407,5 @@ def split_params(cls:Muon, *modules): # nn.Modules, such as `learn.modules`
         if isinstance(part, _TABLES): hidden -= set(part.parameters())
         if re.search(_HEAD, name): hidden -= set(_matrices(part)[-1:])
     return _muon_groups(params, hidden)
+
+Muon.split_params = staticmethod(_split_params)
