@@ -52,10 +52,11 @@ class BaseOptimizer(torch.optim.Optimizer):
             for p in group['params']:
                 g = p.grad
                 if g is not None: kinds.setdefault((g.layout, p.dtype, p.device, type(p)), []).append(p)
-            for (layout, *_), params in kinds.items():
+            for (layout, _, device, _), params in kinds.items():
                 if layout is not torch.strided and (not self.sparse or options.get('weight_decay')):
                     raise RuntimeError(f'{type(self).__name__} does not support sparse gradients '
                                        '(SGD without weight decay does)')
+                if isinstance(options.get('lr'), Tensor): options = options | dict(lr=options['lr'].to(device))
                 lists.append((params, options))
         with torch.no_grad():
             for params, options in lists: self.update(params, [p.grad for p in params], **options)
@@ -97,6 +98,11 @@ def _listened(step):
 BaseOptimizer.profile_hook_step = staticmethod(_listened)  # what PyTorch puts around each `step`
 
 # %% ../nbs/12_optimizers.ipynb #120214
+def _descend(params, steps, lr):
+    "One step of size `lr`, a number or a tensor, against each of `steps`."
+    if isinstance(lr, Tensor): torch._foreach_sub_(params, torch._foreach_mul(steps, lr))
+    else: torch._foreach_add_(params, steps, alpha=-lr)
+
 def _fused(kernel, params, grads, remembered, *lists, **options):
     "Run a kernel of PyTorch's over the lists and return True, or return False where it doesn't fit."
     p, strides = params[0], [p.stride() for p in params]
@@ -132,7 +138,7 @@ class SGD(BaseOptimizer):
             torch._foreach_mul_(sums, momentum)
             torch._foreach_add_(sums, grads)
             grads = torch._foreach_add(torch._foreach_mul(sums, momentum), grads) if nesterov else sums
-        torch._foreach_add_(params, grads, alpha=-lr)
+        _descend(params, grads, lr)
 
 # %% ../nbs/12_optimizers.ipynb #120047
 def _real(*lists): return [[torch.view_as_real(t) if t.is_complex() else t for t in ts] for ts in lists]
@@ -155,7 +161,7 @@ class RMSProp(BaseOptimizer):
         torch._foreach_addcmul_(squares, grads, grads, 1 - alpha)
         roots = torch._foreach_sqrt(squares)
         torch._foreach_add_(roots, eps)
-        torch._foreach_addcdiv_(params, grads, roots, -lr)
+        _descend(params, torch._foreach_div(grads, roots), lr)
 
 # %% ../nbs/12_optimizers.ipynb #120182
 def _adam_step(opt, params, grads, lr, betas, eps, weight_decay, apart):
@@ -237,7 +243,7 @@ def update(self:Muon, params, grads, lr, weight_decay, muon, **options):
     torch._foreach_mul_(params, 1 - lr*weight_decay)
     for p, g in zip(params, torch._foreach_lerp(grads, means, momentum) if options['nesterov'] else means):
         step = newton_schulz(g.flatten(1), options['ns_steps'], dtype=options['ns_dtype'])  # (m, n)
-        p.sub_(step.view_as(g), alpha=lr*math.sqrt(max(1, step.shape[0]/step.shape[1])))
+        p.sub_(step.view_as(g)*(lr*math.sqrt(max(1, step.shape[0]/step.shape[1]))))
 
 # %% ../nbs/12_optimizers.ipynb #120069
 class EMA(Callback):
@@ -312,8 +318,8 @@ def options(self:BaseOptimizer, group) -> dict: # name -> value
                 raise ValueError(f'expected {name}={usual[name]}, got {group[name]}: '
                                  f'{type(self).__name__} has only that')
             del group[name]
-    if isinstance(lr, Tensor): lr = options['lr'] = lr.item()
-    if not lr >= 0: self.check(group)
+    if isinstance(lr, Tensor): options['lr'] = lr.detach().reshape(())  # not read: that would wait for a device
+    elif not lr >= 0: self.check(group)
     return options
 
 # %% ../nbs/12_optimizers.ipynb #120357

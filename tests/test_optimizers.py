@@ -1164,3 +1164,14 @@ def test_an_average_takes_in_a_layer_that_comes_later():
     plain, averaged = trained([Replace()]), trained([EMA(0.9), Replace()])
     assert torch.equal(plain.recorder.losses, averaged.recorder.losses)
     assert not any(map(torch.equal, plain.model.parameters(), averaged.model.parameters()))
+
+
+@pytest.mark.parametrize('cls', [SGD, RMSProp, Adam, AdamW, Muon])
+def test_a_rate_that_is_a_tensor_is_not_read_in_a_step(cls, monkeypatch):
+    "To read it would wait for the device that it is on, and break the graph of a compiled step."
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    opt = cls(model.parameters(), lr=torch.tensor(0.1))
+    for p in model.parameters(): p.grad = torch.ones_like(p)
+    def read(*args): raise AssertionError('read')
+    for name in ('item', 'tolist', '__float__', '__bool__'): monkeypatch.setattr(torch.Tensor, name, read)
+    opt.step()
