@@ -8,6 +8,7 @@ __all__ = ['SuggestedLRs', 'sched_const', 'sched_lin', 'sched_cos', 'sched_exp',
 
 # %% ../nbs/11_schedules.ipynb #110004
 import copy, math, random, statistics, warnings
+from bisect import bisect_right
 from collections import namedtuple
 from itertools import accumulate, islice
 import numpy as np
@@ -20,7 +21,7 @@ from .nb_10 import Callback, CancelFit, Learner, get_momentum, load_opt_state
 
 # %% ../nbs/11_schedules.ipynb #110017
 def _sched(mix):
-    "A schedule from `mix(t)`, checked for progress outside [0, 1]."
+    "A schedule from `mix(pos)`, checked for progress outside [0, 1]."
     def sched(pos):
         if not 0 <= pos <= 1: raise ValueError(f'expected progress in [0, 1], got {pos}')
         return mix(pos)
@@ -28,16 +29,16 @@ def _sched(mix):
 
 def sched_const(value:float): # -> function of progress
     "The same value all the time."
-    return _sched(lambda t: value)
+    return _sched(lambda pos: value)
 
 def sched_lin(start:float, end:float): # -> function of progress
     "A straight line from `start` to `end`."
-    return _sched(lambda t: (1 - t)*start + t*end)
+    return _sched(lambda pos: (1 - pos)*start + pos*end)
 
 def sched_cos(start:float, end:float): # -> function of progress
     "Half a cosine from `start` to `end`: slow, fast, slow (Loshchilov and Hutter, 2017)."
-    def mix(t):
-        u = (1 - math.cos(math.pi*t))/2
+    def mix(pos):
+        u = (1 - math.cos(math.pi*pos))/2
         return (1 - u)*start + u*end
     return _sched(mix)
 
@@ -46,13 +47,13 @@ def sched_exp(start:float, end:float): # both > 0; -> function of progress
     "The same factor at every step from `start` to `end`; raises `ValueError` unless both are above 0."
     if not (start > 0 and end > 0):
         raise ValueError(f'expected start and end above 0, got {start} and {end}')
-    return _sched(lambda t: start**(1 - t)*end**t)
+    return _sched(lambda pos: start**(1 - pos)*end**pos)
 
 def sched_poly(start:float, end:float, power:float=2.): # power > 0; -> function of progress
     "From `start` to `end` like a power of what is left; 1 is linear, more falls earlier."
     if not power > 0: raise ValueError(f'expected a power above 0, got {power}')
-    def mix(t):
-        u = (1 - t)**power
+    def mix(pos):
+        u = (1 - pos)**power
         return u*start + (1 - u)*end
     return _sched(mix)
 
@@ -66,10 +67,10 @@ def combine_scheds(fractions, # share of the progress for each part, each > 0, a
     if not all(f > 0 for f in fractions) or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
         raise ValueError(f'expected fractions above 0 that add up to 1, got {fractions}')
     ends = [*accumulate(fractions)][:-1] + [1.]
-    def mix(t):
-        i = next((i for i, end in enumerate(ends) if t < end), len(ends) - 1)
+    def mix(pos):
+        i = min(bisect_right(ends, pos), len(ends) - 1)  # so many parts are over
         start = ends[i - 1] if i else 0.
-        return scheds[i]((t - start)/(ends[i] - start))
+        return scheds[i]((pos - start)/(ends[i] - start))
     return _sched(mix)
 
 # %% ../nbs/11_schedules.ipynb #110029
@@ -110,11 +111,10 @@ class Scheduler(Callback):
         self.scheds, self.before = scheds, []
 
     def before_fit(self, learn):
-        groups, before = learn.opt.param_groups, []
+        groups, self.before = learn.opt.param_groups, []
         for name, scheds in self.scheds.items():
             _check_entry(groups, name, scheds)
-            before += [(i, name, _get_hyper(group, name)) for i, group in enumerate(groups)]
-        self.before = before
+            self.before += [(i, name, _get_hyper(group, name)) for i, group in enumerate(groups)]
 
     def before_batch(self, learn):
         if not learn.training: return
@@ -122,8 +122,9 @@ class Scheduler(Callback):
             raise ValueError('expected training data with a length, to know how far we are; got none')
         pos = (learn.epoch*learn.n_iter + learn.iter)/(learn.n_epochs*learn.n_iter)
         for name, scheds in self.scheds.items():
-            for i, group in enumerate(learn.opt.param_groups):  # looked up each time: they may be new ones
-                value = (scheds[i] if isinstance(scheds, (tuple, list)) else scheds)(pos)
+            for i, group in enumerate(learn.opt.param_groups):
+                sched = scheds[i] if isinstance(scheds, (tuple, list)) else scheds
+                value = sched(pos)
                 if name == 'lr' and not 0 <= value < math.inf:
                     raise ValueError(f'expected rates of at least 0, got {value} at progress {pos:.3g}')
                 _set_hyper(group, name, value)
@@ -212,17 +213,21 @@ class _Sweep(Callback):
         raw, self.batches = torch.stack(self.batches).mean().item(), []
         self.i += 1
         self.mean = 0.9*self.mean + 0.1*raw
-        loss = self.mean/(1 - 0.9**self.i)
+        loss = self.mean/(1 - 0.9**self.i)  # smoothed
         if not math.isfinite(loss) or self.exploded(loss): raise CancelFit
-        for kept, value in ((self.lrs, self.lr), (self.raw, raw), (self.losses, loss)): kept.append(value)
+        self.lrs.append(self.lr)
+        self.raw.append(raw)
+        self.losses.append(loss)
         if self.i == self.steps: raise CancelFit
 
-    def exploded(self, loss):
-        "Whether the loss is far above its lowest; one below zero is measured by how far it fell."
-        if not self.losses: return False
-        low = min(self.losses)
-        scale = low if low > 0 else max(-low, self.losses[0] - low)
-        return loss - low > (self.diverged - 1)*scale
+# %% ../nbs/11_schedules.ipynb #110423
+@patch
+def exploded(self:_Sweep, loss):
+    "Whether the loss is far above its lowest; one below zero is measured by how far it fell."
+    if not self.losses: return False
+    low = min(self.losses)
+    scale = low if low > 0 else max(-low, self.losses[0] - low)
+    return loss - low > (self.diverged - 1)*scale
 
 # %% ../nbs/11_schedules.ipynb #110055
 SuggestedLRs = namedtuple('SuggestedLRs', 'valley steepest')
@@ -232,16 +237,35 @@ def _steepest(lrs, losses):
     lowest = min(range(1, len(losses)), key=losses.__getitem__)
     return lrs[min(range(lowest), key=lambda i: losses[i + 1] - losses[i])]
 
-def _valley(lrs, losses):
-    "Halfway down the longest falling subsequence."
-    length, before = [1]*len(losses), [None]*len(losses)  # of the longest that ends at i; the one before i
+def _longest_fall(losses):
+    "The indices of the longest falling sequence."
+    longest = []  # for each loss, the one that ends with it
     for i, loss in enumerate(losses):
-        for j in range(i):
-            if losses[j] > loss and length[j] >= length[i]: length[i], before[i] = length[j] + 1, j
-    path = [max(range(len(losses)), key=length.__getitem__)]
-    while before[path[-1]] is not None: path.append(before[path[-1]])
+        higher = [path for path in longest if losses[path[-1]] > loss]
+        longest.append(max(higher, key=len, default=[]) + [i])
+    return max(longest, key=len)
+
+def _valley(lrs, losses):
+    "Halfway down the longest falling sequence."
+    path = _longest_fall(losses)
     half = (losses[path[0]] + losses[path[-1]])/2
-    return lrs[next(i for i in reversed(path) if losses[i] <= half)]
+    return next(lrs[i] for i in path if losses[i] <= half)
+
+# %% ../nbs/11_schedules.ipynb #110058
+def _plot_sweep(sweep, found):
+    "Losses by rate, cut off where they explode, with a mark for each suggestion."
+    import matplotlib.pyplot as plt
+    ax, first, low = plt.subplots(figsize=(5.6, 2.8))[1], sweep.losses[0], min(sweep.raw)
+    ax.plot(sweep.lrs, sweep.raw, lw=0.7, color=COLORS['sky'])
+    ax.plot(sweep.lrs, sweep.losses, color=COLORS['gray'])
+    for name, lr, color, up in zip(found._fields, found, ('blue', 'vermillion'), (14, -20)):
+        if lr is None: continue
+        loss = sweep.losses[sweep.lrs.index(lr)]
+        ax.plot(lr, loss, 'o', color=COLORS[color])
+        ax.annotate(f'{name}: {lr:.2g}', (lr, loss), xytext=(-78, up), textcoords='offset points',
+                    color=COLORS[color])
+    ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='loss, thin: of one batch')
+    ax.set_ylim(low - 0.1*(first - low), max(first + 0.2*(first - low), first + 1e-3*abs(first)))
 
 # %% ../nbs/11_schedules.ipynb #110211
 def _falls(raw, losses):
@@ -251,6 +275,16 @@ def _falls(raw, losses):
     start, end = raw[:10], raw[max(0, low - 9):low + 1]
     noise = statistics.pstdev(b - a for a, b in zip(raw[:low], raw[1:low + 1]))/math.sqrt(2)
     return statistics.fmean(start) - statistics.fmean(end) > 3*noise*math.sqrt(1/len(start) + 1/len(end))
+
+# %% ../nbs/11_schedules.ipynb #110385
+def _suggest(sweep):
+    "Read the curve; raises `ValueError` for one that is too short, and warns if it never falls."
+    lrs, losses = sweep.lrs, sweep.losses
+    if len(lrs) < 10:
+        raise ValueError(f'expected 10 losses to see a slope, got {len(lrs)} before it blew up: lower start?')
+    if _falls(sweep.raw, losses): return SuggestedLRs(_valley(lrs, losses), _steepest(lrs, losses))
+    warnings.warn(f'the loss fell at no rate from {lrs[0]:g} to {lrs[-1]:g}: no rate can be suggested')
+    return SuggestedLRs(None, None)
 
 # %% ../nbs/11_schedules.ipynb #110050
 def _generators(dls):
@@ -263,7 +297,8 @@ def get_rng_state(dls=() # loaders whose own generators to include
                  ) -> dict: # of numbers, tuples and tensors
     "The state of all random generators: Python, numpy, torch, every CUDA device, MPS, the loaders."
     kind, keys, *rest = np.random.get_state()
-    state = dict(python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+    keys = torch.from_numpy(keys.astype(np.int64))  # as a tensor, which a checkpoint can hold
+    state = dict(python=random.getstate(), numpy=(kind, keys, *rest),
                  torch=torch.get_rng_state(), loaders=[g.get_state() for g in _generators(dls)])
     if torch.cuda.is_available(): state['cuda'] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available(): state['mps'] = torch.mps.get_rng_state()
@@ -297,45 +332,20 @@ def lr_find(self:Learner,
     if not diverged > 1: raise ValueError(f'expected diverged above 1, got {diverged}')
     sweep = _Sweep(sched_exp(start, end), whole_number(steps, 'steps', 10), diverged)
     if self.opt is not None: self.ready_opt()  # takes in what is new before anything is kept
-    rng = get_rng_state(self.dls)
-    if any(map(nn.parameter.is_lazy, self.model.parameters())): self.get_preds(islice(self.dls[0], 1))
-    kept, states = (self.dls, self.cbs, self.opt), [copy.deepcopy(m.state_dict()) for m in self.modules]
+    rng, dls, cbs, opt = get_rng_state(self.dls), self.dls, self.cbs, self.opt
+    if any(map(nn.parameter.is_lazy, self.model.parameters())): self.get_preds(islice(dls[0], 1))
+    states = [copy.deepcopy(m.state_dict()) for m in self.modules]
+    opt_state = opt and copy.deepcopy(opt.state_dict())
     buffers = [(b, b.clone()) for m in self.modules for b in m.buffers()]  # also those that no state_dict has
-    opt = self.opt and copy.deepcopy(self.opt.state_dict())
     try:
-        self.dls, self.cbs = (self.dls[0], None), [cb for cb in self.cbs if cb.sweep]
+        self.dls, self.cbs = (dls[0], None), [cb for cb in cbs if cb.sweep]
         self.fit(steps, cbs=sweep)
     finally:
-        self.dls, self.cbs, self.opt = kept
+        self.dls, self.cbs, self.opt = dls, cbs, opt
         for m, state in zip(self.modules, states): m.load_state_dict(state)
         for buffer, value in buffers: buffer.copy_(value)
-        if opt: load_opt_state(self.opt, opt)
-        set_rng_state(rng, self.dls)
+        if opt_state: load_opt_state(opt, opt_state)
+        set_rng_state(rng, dls)
     found = _suggest(sweep)
     if plot: _plot_sweep(sweep, found)
     return found
-
-# %% ../nbs/11_schedules.ipynb #110385
-def _suggest(sweep):
-    "Read the curve; raises `ValueError` for one that is too short, and warns if it never falls."
-    lrs, losses = sweep.lrs, sweep.losses
-    if len(lrs) < 10:
-        raise ValueError(f'expected 10 losses to see a slope, got {len(lrs)} before it blew up: lower start?')
-    if _falls(sweep.raw, losses): return SuggestedLRs(_valley(lrs, losses), _steepest(lrs, losses))
-    warnings.warn(f'the loss fell at no rate from {lrs[0]:g} to {lrs[-1]:g}: no rate can be suggested')
-    return SuggestedLRs(None, None)
-
-# %% ../nbs/11_schedules.ipynb #110058
-def _plot_sweep(sweep, found):
-    "The smoothed loss by rate, cut off where it explodes, with a mark for each suggestion."
-    import matplotlib.pyplot as plt
-    ax, first, low = plt.subplots(figsize=(5.6, 2.8))[1], sweep.losses[0], min(sweep.losses)
-    ax.plot(sweep.lrs, sweep.losses, color=COLORS['gray'])
-    for name, lr, color, up in zip(found._fields, found, ('blue', 'vermillion'), (14, -20)):
-        if lr is None: continue
-        loss = sweep.losses[sweep.lrs.index(lr)]
-        ax.plot(lr, loss, 'o', color=COLORS[color])
-        ax.annotate(f'{name}: {lr:.2g}', (lr, loss), xytext=(-78, up), textcoords='offset points',
-                    color=COLORS[color])
-    ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='smoothed loss')
-    ax.set_ylim(low - 0.1*(first - low), max(first + 0.2*(first - low), first + 1e-3*abs(first)))
