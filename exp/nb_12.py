@@ -56,7 +56,8 @@ class BaseOptimizer(torch.optim.Optimizer):
                 if layout is not torch.strided and (not self.sparse or options.get('weight_decay')):
                     raise RuntimeError(f'{type(self).__name__} does not support sparse gradients '
                                        '(SGD without weight decay does)')
-                if isinstance(options.get('lr'), Tensor): options = options | dict(lr=options['lr'].to(device))
+                lr = options.get('lr')
+                if isinstance(lr, Tensor): options = options | dict(lr=lr.to(device))
                 lists.append((params, options))
         with torch.no_grad():
             for params, options in lists: self.update(params, [p.grad for p in params], **options)
@@ -318,7 +319,7 @@ def options(self:BaseOptimizer, group) -> dict: # name -> value
                 raise ValueError(f'expected {name}={usual[name]}, got {group[name]}: '
                                  f'{type(self).__name__} has only that')
             del group[name]
-    if isinstance(lr, Tensor): options['lr'] = lr.detach().reshape(())  # not read: that would wait for a device
+    if isinstance(lr, Tensor): options['lr'] = lr.detach().reshape(())  # reading it would be slow
     elif not lr >= 0: self.check(group)
     return options
 

@@ -66,6 +66,16 @@ def test_the_way_on(path):
     assert '**Next:**' in '\n'.join(text[i:i + 2]), 'a sentence on what comes next'
 
 
+@by_notebook
+def test_the_map_says_what_the_notebook_says(path):
+    "Minutes to read, minutes for the exercises, and their number."
+    page = '\n'.join(c['source'] for c in cells(ROOT/'nbs/index.ipynb', 'markdown'))
+    text = [c['source'] for c in cells(path, 'markdown')]
+    reading, exercises, number = map(int, re.search(rf'^\| \[{path.stem}\].*\| (\d+) \+ (\d+) \| (\d+) \|$', page, re.M).groups())
+    times = [int(n) for n in re.findall(r'\d+(?= (?:more )?(?:minutes|for))', re.search(r'^\*About .*$', text[1], re.M)[0])]
+    assert (times[0], number) == (reading, sum(bool(re.match(r'\*\*\d+\. ', t)) for t in text)) and exercises in times and number >= 3
+
+
 def defined(tree):
     "Names with an underscore that a module makes itself."
     found = set()
