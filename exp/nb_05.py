@@ -42,8 +42,8 @@ class _TargetCounter:
 
 # %% ../nbs/05_batches.ipynb #050007
 def _original(func):
-    "What `torch.compile` has wrapped, a module or a function; or `func` itself."
-    return getattr(func, '_orig_mod', getattr(func, '_torchdynamo_orig_callable', func))
+    "The module that `torch.compile` has wrapped, or `func` itself. (A compiled function needs a `weight_of`.)"
+    return getattr(func, '_orig_mod', func)
 
 def is_sum(func, # a loss function or a metric
           ) -> bool: # True for `reduction='sum'`
