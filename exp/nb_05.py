@@ -41,9 +41,7 @@ class _TargetCounter:
         return (class_weights[classes]*counts).sum()
 
 # %% ../nbs/05_batches.ipynb #050007
-def _original(func):
-    "The module that `torch.compile` has wrapped, or `func` itself. (A compiled function needs a `weight_of`.)"
-    return getattr(func, '_orig_mod', func)
+def _original(func): return getattr(func, '_orig_mod', func)  # what torch.compile wrapped, if it is a module
 
 def is_sum(func, # a loss function or a metric
           ) -> bool: # True for `reduction='sum'`
