@@ -18,32 +18,13 @@ from fastcore.basics import listify, patch
 from torch import Tensor, nn
 from .nb_03 import accuracy, cross_entropy, nll
 
-# %% ../nbs/05_batches.ipynb #050020
-# Three small helpers of Metric, which "For the library" explains.
-class _Later(NamedTuple):
-    "A weight that is still to be counted: how many of `target` are not `ignored`."
-    target: Tensor
-    ignored: int
-
-def _counted(size): return size.target.ne(size.ignored).count_nonzero() if isinstance(size, _Later) else size
-
-def _sizes(sizes):
-    "Weights of batches as one tensor; those still to be counted all at once, if they are of one length."
-    kinds = {(len(size.target), size.ignored) if isinstance(size, _Later) else None for size in sizes}
-    if len(kinds) == 1 and kinds != {None}:
-        return torch.stack([size.target for size in sizes]).ne(sizes[0].ignored).sum(1)
-    sizes = [_counted(size) for size in sizes]
-    tensors = [size for size in sizes if isinstance(size, Tensor)]
-    if not tensors: return torch.tensor(sizes)
-    return torch.stack([torch.as_tensor(size, device=tensors[0].device) for size in sizes])
-
 # %% ../nbs/05_batches.ipynb #050039
 def _option(func, name):
-    "What a function was told: a `partial` by keyword, a module as an attribute; None if nothing."
+    "An option of a function: a keyword of a `partial`, or an attribute of a module; None if it has none."
     return func.keywords.get(name) if isinstance(func, partial) else getattr(func, name, None)
 
-class _ClassWeights:
-    "The sum of the weights of all targets that count; None if the targets are no classes."
+class _TargetCounter:
+    "How many targets are not ignored, or the sum of their class weights; None if they are no classes."
     def __init__(self, func): self.func = func
 
     @property
@@ -53,56 +34,61 @@ class _ClassWeights:
 
     def __call__(self, pred, target):
         if not isinstance(target, Tensor) or target.is_floating_point(): return None
-        counts, weight = target.ne(self.ignored), _option(self.func, 'weight')
-        if weight is None: return counts.count_nonzero()
-        weight = torch.as_tensor(weight, dtype=torch.float32, device=target.device)  # (classes,)
-        return (weight[target.long().where(counts, 0)]*counts).sum()
+        counts, class_weights = target.ne(self.ignored), _option(self.func, 'weight')
+        if class_weights is None: return counts.count_nonzero()
+        class_weights = torch.as_tensor(class_weights, dtype=torch.float32, device=target.device)
+        classes = target.long().where(counts, 0)  # what is ignored is looked up as class 0, and times 0 below
+        return (class_weights[classes]*counts).sum()
 
 # %% ../nbs/05_batches.ipynb #050007
-def _original(func): return getattr(func, '_orig_mod', func)  # what torch.compile wrapped
+def _original(func): return getattr(func, '_orig_mod', func)  # what torch.compile wrapped, if it is a module
 
 def is_sum(func, # a loss function or a metric
           ) -> bool: # True for `reduction='sum'`
-    "Whether a function was told to add up rather than to take the mean."
+    "Whether a function adds up rather than taking the mean."
     return _option(_original(func), 'reduction') == 'sum'
 
 def weigher(func, # a loss function or a metric: (predictions, targets) -> mean
-           ): # (predictions, targets) -> a number, a 0-d Tensor or None; or None: the mean goes over the rows
-    """A function that says over how much the mean of `func` goes. It is the attribute `weight_of` of `func`;
-    cross-entropies and accuracy count the targets that they don't ignore, by class weights."""
+           ): # a function (predictions, targets) -> weight; None if the mean goes over rows
+    """What says over how much the mean of `func` goes: its attribute `weight_of`, or a counter of targets
+    for cross-entropies and accuracy. A weight is a number or a 0-d Tensor; None: the rows."""
     if hasattr(func, 'weight_of'): return func.weight_of
     func = _original(func)
     if is_sum(func): return None
-    if isinstance(func, (nn.CrossEntropyLoss, nn.NLLLoss)):  # a subclass may compute something else
+    if isinstance(func, (nn.CrossEntropyLoss, nn.NLLLoss)):  # but no subclass with a forward of its own
         known = type(func).forward in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
     else:
         plain = func.func if isinstance(func, partial) else func
         known = any(plain is one for one in (F.cross_entropy, F.nll_loss, cross_entropy, nll, accuracy))
-    return _ClassWeights(func) if known else None
+    return _TargetCounter(func) if known else None
 
 # %% ../nbs/05_batches.ipynb #050136
 def _row_counts(value):
-    "The numbers of rows that a field may have."
-    if hasattr(value, 'batch_sizes'): return {int(value.batch_sizes[0])}  # a PackedSequence
-    if hasattr(value, 'shape'): return set(value.shape[:1])
+    "The numbers of rows that a field may have, as a set."
+    if hasattr(value, 'batch_sizes'): return {int(value.batch_sizes[0])}  # PyTorch's PackedSequence
+    if hasattr(value, 'shape'): return set(value.shape[:1])               # empty for a 0-d tensor
     if isinstance(value, Mapping): value = tuple(value.values())
-    if isinstance(value, tuple): return set().union(*map(_row_counts, value))
+    if dataclasses.is_dataclass(value):
+        value = tuple(getattr(value, field.name) for field in dataclasses.fields(value))
+    if isinstance(value, tuple): return {n for part in value for n in _row_counts(part)}
     if not isinstance(value, list): return set()
-    lengths = {tuple(v.shape[:1]) if hasattr(v, 'shape') else () for v in value}  # (n,) of each tensor
-    return {len(value), *lengths.pop()} if len(lengths) == 1 else {len(value)}
+    lengths = {v.shape[0] if len(getattr(v, 'shape', ())) else None for v in value}
+    if len(lengths) == 1 and None not in lengths: return {len(value), *lengths}  # all of one length
+    return {len(value)}
 
 # %% ../nbs/05_batches.ipynb #050006
 def n_rows(target, # of a batch: a Tensor (n, ...), or a nest of dicts, tuples and lists
            inputs=(), # of the same batch, which are asked when the target leaves it open
           ) -> int: # n
-    """The number of rows of a batch. A list may be one item a row, or one tensor a target; raises
+    """The number of rows of a batch. A list may hold one item per row, or one tensor per target; raises
     `ValueError` if both would do and the inputs don't tell."""
     if isinstance(target, Tensor) and target.ndim: return target.shape[0]
     found = _row_counts(target)
     for field in inputs:
         if len(found) == 1: break
         counts = _row_counts(field)
-        found = found & counts or found or counts  # what both say, else what one of them says
+        if found & counts: found = found & counts
+        elif not found: found = counts  # the target says nothing
     if len(found) == 1: return found.pop()
     known = ' or '.join(map(str, sorted(found))) or 'none'
     raise ValueError(f'expected a batch whose rows can be counted, found {known} in a target of type '
@@ -114,7 +100,7 @@ class Metric:
     def __init__(self,
                  func, # (predictions, targets) -> mean over the rows of a batch: a number, or a dict of them
                  name:str=None): # heading of its column; None: the function's name
-        self.func, self.weigher, self.rows = func, weigher(func), None
+        self.func, self.weight_of, self.rows = func, weigher(func), None
         self.name = name or getattr(getattr(func, 'func', func), '__name__', type(func).__name__)
         self.reset()
 
@@ -128,13 +114,14 @@ class Metric:
         self.add(value/n if is_sum(self.func) else value, n)
 
     def weigh(self, pred, target):
-        "Over how much the function's mean goes: what `weigher` says, else the rows."
-        weight = self.weigher(pred, target) if self.weigher else None
+        "Over how much the function's mean goes: what `weight_of` says, else the rows."
+        weight = self.weight_of(pred, target) if self.weight_of else None
         if weight is not None: return weight
         return n_rows(target, [pred]) if self.rows is None else self.rows
 
     @property
-    def begun(self): return bool(self.pending) or isinstance(self.n, Tensor)  # whether anything was counted
+    def begun(self): # whether anything was counted: it is pending, or in `n`, which is a Tensor from then on
+        return bool(self.pending) or isinstance(self.n, Tensor)
 
 # %% ../nbs/05_batches.ipynb #050059
 @patch
@@ -148,16 +135,23 @@ def add(self:Metric,
     if len(self.pending) == 100: self.settle()
 
 # %% ../nbs/05_batches.ipynb #050129
+def _one_tensor(weights):
+    "Weights of batches, numbers or 0-d tensors, as one tensor (batches,)."
+    tensors = [n for n in weights if isinstance(n, Tensor)]
+    if not tensors: return torch.tensor(weights)
+    return torch.stack([torch.as_tensor(n, device=tensors[0].device) for n in weights])
+
 @patch
 def settle(self:Metric):
     "Add up what is pending."
     if not self.pending: return
-    values, sizes = zip(*self.pending)
+    values, weights = zip(*self.pending)
     values, self.pending = torch.stack(values).float(), []  # (batches,) or (batches, k)
-    sizes = _sizes(sizes).to(values.device, values.dtype)   # (batches,)
-    if values.ndim == 2: sizes = sizes[:, None]
-    self.total = self.total + torch.where(sizes > 0, values*sizes, 0).sum(0)
-    self.n = self.n + sizes.sum()
+    weights = _count_later(weights) if any(map(callable, weights)) else _one_tensor(weights)
+    weights = weights.to(values.device, values.dtype)       # (batches,)
+    if values.ndim == 2: weights = weights[:, None]
+    self.total = self.total + torch.where(weights > 0, values*weights, 0).sum(0)
+    self.n = self.n + weights.sum()
 
 # %% ../nbs/05_batches.ipynb #050060
 @patch
@@ -180,9 +174,9 @@ def _like(nest, parts):
     "A nest of the same type with other parts; a dict for a mapping that can't be changed."
     if isinstance(nest, tuple) and hasattr(nest, '_fields'): return type(nest)(*parts.values())
     if isinstance(nest, (tuple, list)): return type(nest)(parts.values())
-    put = operator.setitem if isinstance(nest, Mapping) else object.__setattr__  # frozen ones have no other
+    put = operator.setitem if isinstance(nest, Mapping) else object.__setattr__  # also if frozen
     try:
-        new = copy.copy(nest)  # with what else it has, such as the default of a defaultdict
+        new = copy.copy(nest)
         for k, part in parts.items(): put(new, k, part)
         return new
     except TypeError: return parts
@@ -213,7 +207,7 @@ def to_device(batch, # a Tensor, or a nest of mappings, lists, tuples, dataclass
 
 # %% ../nbs/05_batches.ipynb #050087
 def copy_nest(nest): # -> the same nest; what is no Tensor is not copied
-    "Tensors of its own."
+    "A copy with tensors of its own."
     return map_nest(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, nest)
 
 def as_float32(nest): # -> the same nest; float64 and integers stay
@@ -223,6 +217,19 @@ def as_float32(nest): # -> the same nest; float64 and integers stay
         return leaf.float() if half else leaf
     return map_nest(widen, nest)
 
+# %% ../nbs/05_batches.ipynb #050091
+def _join_tensors(parts, name):
+    if not parts[0].ndim: return torch.stack(parts)
+    try: return torch.cat(parts)
+    except RuntimeError: shapes = sorted({tuple(part.shape) for part in parts})
+    raise ValueError(f'expected {name} of one shape in all batches, got {", ".join(map(str, shapes[:3]))}')
+
+def _one_per_target(lists):
+    "Whether the lists of all batches hold one tensor per target, rather than one item per row."
+    if len({len(items) for items in lists}) > 1: return False
+    if not all(isinstance(t, Tensor) and t.ndim for items in lists for t in items): return False
+    return all(len({len(t) for t in items}) == 1 for items in lists)
+
 # %% ../nbs/05_batches.ipynb #050090
 def join_nests(parts:list, # nests of one form, one of each batch
                name:str, # what they are, for the message
@@ -231,29 +238,15 @@ def join_nests(parts:list, # nests of one form, one of each batch
     first = parts[0]
     if first is None: return None
     if isinstance(first, Tensor): return _join_tensors(parts, name)
-    if isinstance(first, list) and not _one_a_target(parts): return [row for part in parts for row in part]
+    if isinstance(first, list) and not _one_per_target(parts): return [row for part in parts for row in part]
     fields = [_parts(part) for part in parts]
     if fields[0] is None: return parts  # of numbers, names and the like
     for found in fields:
         if found is None or found.keys() != fields[0].keys():
             both = f'{list(fields[0])} and {list(found or ())}'
             raise ValueError(f'expected {name} with the same parts in all batches, got {both}')
-    return _like(first, {k: join_nests([f[k] for f in fields], f'{name}{_at(first, k)}') for k in fields[0]})
-
-def _at(nest, key): return f'[{key!r}]' if isinstance(nest, (Mapping, tuple, list)) else f'.{key}'
-
-# %% ../nbs/05_batches.ipynb #050091
-def _join_tensors(parts, name):
-    if not parts[0].ndim: return torch.stack(parts)
-    try: return torch.cat(parts)
-    except RuntimeError: shapes = sorted({tuple(part.shape) for part in parts})
-    raise ValueError(f'expected {name} of one shape in all batches, got {", ".join(map(str, shapes[:3]))}')
-
-def _one_a_target(lists):
-    "Whether the lists of all batches hold one tensor a target, rather than one item a row."
-    if len({len(items) for items in lists}) > 1: return False
-    if not all(isinstance(t, Tensor) and t.ndim for items in lists for t in items): return False
-    return all(len({len(t) for t in items}) == 1 for items in lists)
+    at = '[{!r}]' if isinstance(first, (Mapping, tuple, list)) else '.{}'
+    return _like(first, {k: join_nests([f[k] for f in fields], name + at.format(k)) for k in fields[0]})
 
 # %% ../nbs/05_batches.ipynb #050096
 def brief(value): # -> str of at most 60 characters
@@ -275,7 +268,7 @@ def as_number(value, # a number, or a Tensor or array with one element
 # %% ../nbs/05_batches.ipynb #050131
 @patch
 def as_numbers(self:Metric, value):
-    "One tensor from a number or a dict of numbers: 0-d, or (k,)."
+    "A number as a 0-d tensor, or a dict of k numbers as a tensor (k,)."
     if not isinstance(value, Mapping): return as_number(value, self.name)
     if self.keys not in (None, tuple(value)):
         raise ValueError(f'{self.name}: expected {self.keys}, got {tuple(value)}')
@@ -283,9 +276,21 @@ def as_numbers(self:Metric, value):
     return torch.stack([as_number(v, k) for k, v in value.items()])
 
 # %% ../nbs/05_batches.ipynb #050099
+class _Later(NamedTuple):
+    "A weight that is counted when it is called: how many of `target` are not `ignored`."
+    target: Tensor
+    ignored: int
+    def __call__(self): return self.target.ne(self.ignored).count_nonzero()
+
+def _count_later(weights):
+    "Weights as one tensor (batches,), where some are still to be counted."
+    kinds = {(len(n.target), n.ignored) if isinstance(n, _Later) else None for n in weights}
+    if len(kinds) > 1: return _one_tensor([n() if callable(n) else n for n in weights])
+    return torch.stack([n.target for n in weights]).ne(weights[0].ignored).sum(1)
+
 @patch
-def later(self:_ClassWeights, target):
-    "What the weight can be counted from, many batches at once. None if it must be counted now."
+def later(self:_TargetCounter, target):
+    "The weight of these targets, to be counted later; None if it must be counted now."
     plain = isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
     return _Later(target.clone(), self.ignored) if plain and _option(self.func, 'weight') is None else None
 
@@ -293,7 +298,7 @@ def later(self:_ClassWeights, target):
 @patch
 def count_pending(self:Metric):
     "Count the weights that were put off, so that nothing but numbers and tensors is left."
-    self.pending = [(value, _counted(n)) for value, n in self.pending]
+    self.pending = [(value, n() if callable(n) else n) for value, n in self.pending]
 
 # %% ../nbs/05_batches.ipynb #050133
 @patch
