@@ -24,6 +24,13 @@ from .nb_05 import to_device
 from .nb_10 import Callback, Learner, Metrics, Recorder, load_opt_state
 from .nb_11 import get_rng_state, set_rng_state
 
+# %% ../nbs/13_checkpoints.ipynb #130021
+def _bytes_of(state):
+    "What `torch.save` writes."
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
 # %% ../nbs/13_checkpoints.ipynb #130023
 def _lock(file):
     "Take a file until it is closed: True; False if another process has it; None where there are no locks."
@@ -100,12 +107,8 @@ _LENGTH = (64).to_bytes(2, 'little')
 
 def _seal(data):
     "Add the SHA-256 of a zip archive as its comment (APPNOTE.TXT, 4.3.16: two bytes of length, comment)."
+    # without a comment, the archive ends with the length 0
     return data[:-2] + _LENGTH + hashlib.sha256(data).hexdigest().encode()
-
-def _bytes_of(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
 
 def _write(state, path):
     data = _seal(_bytes_of(state))
@@ -246,7 +249,7 @@ def _state_of(learn, dls):
                     python=platform.python_version())
     weights, opt = {name: _state(m) for name, m in _parts(learn).items()}, learn.opt
     if opt: opt = dict(name=type(opt).__name__, state=opt.state_dict(), params=_params_of(learn))
-    none = {False: []}  # of the sums in Metrics for a validation, within which nothing is written
+    none = {False: []}  # no sums of a validation in Metrics, since no checkpoint is written during one
     states = [(type(cb).__name__, cb.state_dict() | (none if isinstance(cb, Metrics) else {})) for cb in cbs]
     return dict(format=FORMAT, versions=versions, model=weights.pop('model'), modules=weights, opt=opt,
                 random=get_rng_state(dls), results=learn.results, cbs=[pair for pair in states if pair[1]])
@@ -646,7 +649,7 @@ def after_batch(self:Checkpoint, learn):
     if not learn.training: return
     done, asked = learn.iter + 1, self.signals.asked
     due = asked or self.every and done - self.last >= self.every
-    if due and learn.loss.isfinite(): self._save(learn, learn.epoch, done)  # nobody goes on from nan
+    if due and learn.loss.isfinite(): self._save(learn, learn.epoch, done)
     if asked: self.signals.release()
 
 @patch
