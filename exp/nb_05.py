@@ -7,7 +7,7 @@ __all__ = ['is_sum', 'weigher', 'n_rows', 'Metric', 'map_nest', 'leaves', 'to_de
            'brief', 'as_number', 'device_of', 'as_list', 'whole_number']
 
 # %% ../nbs/05_batches.ipynb #050003
-import copy, dataclasses, math, operator
+import copy, dataclasses, inspect, math, operator
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -41,7 +41,10 @@ class _TargetCounter:
         return (class_weights[classes]*counts).sum()
 
 # %% ../nbs/05_batches.ipynb #050007
-def _original(func): return getattr(func, '_orig_mod', func)  # what torch.compile wrapped, if it is a module
+def _original(func):
+    "What `torch.compile` has wrapped, a module or a function; anything else as it is."
+    if hasattr(func, '_orig_mod'): return func._orig_mod
+    return inspect.unwrap(func) if hasattr(func, '_torchdynamo_orig_callable') else func
 
 def is_sum(func, # a loss function or a metric
           ) -> bool: # True for `reduction='sum'`
