@@ -229,7 +229,7 @@ def most_confused(self:Interpretation,
                   least:int=1, # leave out pairs that occur less often
                  ) -> list: # of (target, prediction, how often), the most frequent first
     "The pairs of classes of which the first was taken for the second."
-    matrix, least = self.confusion_matrix(), whole_number(least, 'least')
+    least, matrix = whole_number(least, 'least'), self.confusion_matrix()
     names, wrong = _names(self.labels, len(matrix)), matrix - matrix.diag().diag()
     pairs = [(names[t], names[p], int(wrong[t, p])) for t, p in (wrong >= least).nonzero().tolist()]
     return sorted(pairs, key=lambda pair: -pair[2])
@@ -341,7 +341,8 @@ def part(self:Interpretation,
          labels=None, # names of its classes; None: their numbers
         ) -> Interpretation:
     "The same, with tables and curves of one output; raises `ValueError` if there is no such pair."
-    pairs, i = list(zip(leaves(self.preds), leaves(self.targets))), whole_number(i, 'i', 0)
+    i = whole_number(i, 'i', 0)
+    pairs = list(zip(leaves(self.preds), leaves(self.targets)))
     if i >= len(pairs): raise ValueError(f'expected one of {len(pairs)} pairs of output and target, got {i}')
     new = copy.copy(self)
     new.chosen, new.labels = pairs[i], labels
