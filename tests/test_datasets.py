@@ -316,7 +316,7 @@ def test_unknown_options_are_refused_by_name():
     (dict(batch_sampler=[[0]], shuffle=True), "'batch_sampler', 'shuffle=True'"), (dict(batch_sampler=[[0]], bs=8), 'no bs, drop_last'),
     (dict(batch_sampler=[[0]], drop_last=True), 'no bs, drop_last'), (dict(sampler=[0], seed=1), 'no seed'),
     (dict(generator=torch.Generator(), shuffle=True, seed=1), 'no seed'), (dict(persistent_workers=True), 'num_workers > 0'),
-    (dict(prefetch_factor=2), 'multiprocessing'), (dict(timeout=-1), 'non-negative')], ids=str)
+    (dict(prefetch_factor=2), 'multiprocessing'), (dict(timeout=-1), 'non-negative')], ids=lambda v: str(v).split(' object at')[0])
 def test_what_does_not_go_together_is_refused_at_once(options, words):
     with pytest.raises(ValueError, match=words): DataLoader(Dataset(tensor), **options)
 
