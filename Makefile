@@ -23,7 +23,7 @@ train: .venv/.run  ## train on MNIST, show the results; options in ARGS='--epoch
 
 test: .venv/.dev  ## run every notebook from a cold kernel, then the tests
 	$(BIN)/nbdev_test --timing --n_workers 2
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
 lab: .venv/.dev  ## open JupyterLab on the front page
 	$(BIN)/jupyter lab --ServerApp.root_dir=. nbs/index.ipynb
