@@ -54,15 +54,16 @@ bench: .venv/.dev  ## time the training loop, the Learner, the optimizers and th
 bench-peers: .venv-bench/.done  ## time other training libraries side by side with ours; options in ARGS='--rounds 15'
 	$(BENCH) tests/benchmarks/peers/run.py $(ARGS)
 
+# compat: a folder called exp, such as a clone of this repository, does not hide the package from the folder beside it.
 # Stamps: an environment is made anew when its requirements change, and finished if it was interrupted.
 .venv/.run: $(META)
 	$(PYTHON) -m venv .venv
-	$(PIP) -e .
+	$(PIP) --config-settings editable_mode=compat -e .
 	@touch $@
 
 .venv/.dev: $(META)
 	$(PYTHON) -m venv .venv
-	$(PIP) -e '.[dev]'
+	$(PIP) --config-settings editable_mode=compat -e '.[dev]'
 	@touch $@ .venv/.run
 
 .venv-bench/.done: $(META) $(BENCH_PINS)
