@@ -245,7 +245,7 @@ def _draw_curves(recorder, axs): # three axes: loss, accuracy, learning rate
 def _draw_mistakes(model, ds, shape, axs): # shape: rows and columns of an image
     for ax in axs: ax.set_axis_off()
     for ax, i, c, p in zip(axs, *most_wrong(model.eval(), ds.x, ds.y)):
-        show_image(ds.x[i].view(shape), ax, f'{ds.y[i]} as {c}\n{p:.2%}')
+        show_image(ds.x[i].view(shape), ax, f'{ds.y[i]} as {c}\n{min(p, 0.9999):.2%}')
 
 # %% ../nbs/14_experiments.ipynb #140109
 def _figure(rows, columns, **kwargs):
