@@ -7,7 +7,8 @@ __all__ = ['COLORS', 'test_near', 'set_seed', 'default_device', 'set_up', 'descr
            'time_call', 'format_time', 'plot_times', 'judge', 'say', 'is_terminal']
 
 # %% ../nbs/00_tools.ipynb #000004
-import math, operator, random, sys
+import errno, math, operator, os, random, sys
+from contextlib import suppress
 import numpy as np
 import torch
 from torch import Tensor
@@ -214,6 +215,10 @@ def say(*parts, # what to print
         except UnicodeEncodeError:
             encoding = getattr(screen, 'encoding', None) or 'ascii'
             print(line.encode(encoding, 'replace').decode(encoding), file=screen, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC): return  # no reader any more, or a full disk:
+        with suppress(Exception):  # what is still buffered would fail again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), screen.fileno())
     except Exception: pass
 
 # %% ../nbs/00_tools.ipynb #000078
