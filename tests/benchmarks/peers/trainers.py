@@ -83,7 +83,28 @@ def exp_torch_sgd(job, variant):
     "The same with torch.optim.SGD."
     return learner(job, variant, torch.optim.SGD)
 
-def learner(job, variant, opt_func):
+@row('exp, Record', 'lean', 'defaults', worker='exp')
+def exp_record(job, variant):
+    "Our SGD, and the callback `Record`: the step recorded once, and replayed."
+    from exp.nb_12 import SGD
+    from exp.nb_30 import Record
+    return learner(job, variant, SGD, Record())
+
+@row('exp, Compile', 'lean', 'defaults', worker='exp')
+def exp_compile(job, variant):
+    "Our SGD, and the callback `Compile`: what was recorded, compiled. The code lies on the disk: compiling it is not timed, but loading it is."
+    from exp.nb_12 import SGD
+    from exp.nb_30 import Compile
+    return learner(job, variant, SGD, Compile(), ready=True)
+
+@row('exp, Compile(step=True)', 'lean', 'defaults', worker='exp')
+def exp_compile_step(job, variant):
+    "The same with the optimizer's step compiled, too."
+    from exp.nb_12 import SGD
+    from exp.nb_30 import Compile
+    return learner(job, variant, SGD, Compile(step=True), ready=True)
+
+def learner(job, variant, opt_func, *cbs, ready=False):
     from exp.nb_03 import accuracy
     from exp.nb_04 import DataLoader, Dataset
     from exp.nb_10 import Learner, Metrics
@@ -91,7 +112,7 @@ def learner(job, variant, opt_func):
     lean = variant == 'lean'
     train_dl = DataLoader(Dataset(job.x, job.y), job.bs, shuffle=True, drop_last=True, seed=SEED)
     valid_dl = DataLoader(Dataset(job.x_valid, job.y_valid), 2*job.bs) if job.has_valid else None
-    options = dict(opt_func=opt_func, lr=job.lr, metrics=accuracy, progress=not lean)
+    options = dict(opt_func=opt_func, lr=job.lr, metrics=accuracy, progress=not lean, cbs=cbs)
     learn = (Lean if lean else Learner)(job.model, (train_dl, valid_dl), **options)
     def run():
         learn.fit(1)
