@@ -23,7 +23,7 @@ def _option(func, name):
     return func.keywords.get(name) if isinstance(func, partial) else getattr(func, name, None)
 
 class _TargetCounter:
-    "How many targets are not ignored, or the sum of their class weights; None for no class numbers."
+    "How many targets are not ignored, or the sum of their class weights; None if they are no classes."
     def __init__(self, func): self.func = func
 
     def counts(self, target):
@@ -58,7 +58,7 @@ def weigher(func, # a loss function or a metric: (predictions, targets) -> mean
     func = _original(func)
     if is_sum(func): return None
     plain = func.func if isinstance(func, partial) else func
-    if isinstance(func, (nn.CrossEntropyLoss, nn.NLLLoss)): plain = type(func).forward  # may be a subclass's own
+    if isinstance(func, (nn.CrossEntropyLoss, nn.NLLLoss)): plain = type(func).forward  # a subclass's own?
     known = (F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss.forward, nn.NLLLoss.forward,
              cross_entropy, nll, accuracy)
     return _TargetCounter(func) if any(plain is one for one in known) else None
