@@ -52,8 +52,8 @@ def is_sum(func, # a loss function or a metric
 
 def weigher(func, # a loss function or a metric: (predictions, targets) -> mean
            ): # a function (predictions, targets) -> weight; None means the number of rows
-    """The function that gives a batch its weight, for the mean that `func` takes: its attribute `weight_of`, or
-    a counter of targets for cross-entropies and accuracy. A weight is a number or a 0-d Tensor."""
+    """The function that gives a batch its weight, for the mean that `func` takes: its attribute `weight_of`,
+    or a counter of targets for cross-entropies and accuracy. A weight is a number or a 0-d Tensor."""
     if hasattr(func, 'weight_of'): return func.weight_of
     func = _original(func)
     if is_sum(func): return None
