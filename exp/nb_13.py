@@ -61,13 +61,14 @@ def _clear_parts(folder, name):
         with suppress(OSError): _clear(part)
 
 def _clear(part):
+    "Remove a part, unless somebody is writing it; it stays locked meanwhile, so that nobody begins to."
     old = time.time() - part.stat().st_mtime > 3600
     if os.name == 'nt':
         if old: part.unlink()  # which fails as long as a process has it open
         return
     with part.open('r+b') as file:
         free = _lock(file)
-        if free or free is None and old: part.unlink()
+        if free or (free is None and old): part.unlink()
 
 # %% ../nbs/13_checkpoints.ipynb #130024
 def _sync(folder):
@@ -136,7 +137,7 @@ def read_checkpoint(path, # file made by `save_checkpoint` or `Checkpoint`
 
 def _unpack(data):
     _check_seal(data)
-    try: state = _load_safely(data)
+    try: state = _unpickled(data)
     except pickle.UnpicklingError:
         words = 'expected tensors, numbers and strings, found something else, which was not run'
         raise CheckpointError(words) from None
@@ -145,13 +146,12 @@ def _unpack(data):
     if found == FORMAT: return state
     raise CheckpointError(f'expected a dict with format {FORMAT!r}, found {found!r}')
 
-def _load_safely(data): return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+def _unpickled(data): return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
 
 # %% ../nbs/13_checkpoints.ipynb #130175
 def _checkpoints(folder): # oldest first
-    paths = Path(folder).glob('epoch*-batch*.pt')
-    found = [(re.fullmatch(r'epoch(\d+)-batch(\d+)\.pt', p.name), p) for p in paths]
-    return [p for _, p in sorted((tuple(map(int, match.groups())), p) for match, p in found if match)]
+    paths = [p for p in Path(folder).glob('epoch*.pt') if re.fullmatch(r'epoch\d+-batch\d+\.pt', p.name)]
+    return sorted(paths, key=lambda p: [int(number) for number in re.findall(r'\d+', p.name)])
 
 def _fault_of(path):
     "What is wrong with a file as a checkpoint; None if nothing is."
@@ -178,20 +178,25 @@ def _readable(value, path, where=''):
     Raises `CheckpointError` for what has no such form; `where`: its place in the whole."""
     if isinstance(value, np.generic): value = value.item()
     kind = type(value)
-    if kind in _PLAIN or kind in (list, tuple) and set(map(type, value)) <= _PLAIN: return value
-    if kind in (list, tuple): return kind(_readable(v, path, f'{where}[{i}]') for i, v in enumerate(value))
-    if not isinstance(value, dict):
-        if _comes_back(value): return value
-        raise CheckpointError(f'{path}: expected numbers, strings, tensors, lists, dicts, '
-                              f'found a {kind.__name__} in {where or "it"}')
-    found = {_readable(k, path, where): _readable(v, path, f'{where}[{k!r}]') for k, v in value.items()}
-    if kind is not OrderedDict: return found
-    found = OrderedDict(found)
-    vars(found).update(vars(value))  # a state_dict has the versions of its modules there
+    if kind in _PLAIN: return value
+    if kind in (list, tuple):
+        if {type(v) for v in value} <= _PLAIN: return value  # at once, since it may be long
+        return kind(_readable(v, path, f'{where}[{i}]') for i, v in enumerate(value))
+    if isinstance(value, dict):
+        found = {_readable(k, path, where): _readable(v, path, f'{where}[{k!r}]') for k, v in value.items()}
+        return _ordered(found, value) if kind is OrderedDict else found
+    if _comes_back(value): return value
+    raise CheckpointError(f'{path}: expected numbers, strings, tensors, lists, dicts, '
+                          f'found a {kind.__name__} in {where or "it"}')
+
+def _ordered(items, old):
+    "As an `OrderedDict`, with the attributes of an old one: a `state_dict` has its modules' versions there."
+    found = OrderedDict(items)
+    vars(found).update(vars(old))
     return found
 
 def _comes_back(value):
-    try: _load_safely(_bytes_of(value))
+    try: _unpickled(_bytes_of(value))
     except Exception: return False
     return True
 
@@ -210,20 +215,17 @@ def _inner(module):
 
 def _plain(module):
     "A function that takes out of a name the words that wrappers within `module` have put into it."
-    wrappers = [(name, _word(m)) for name, m in module.named_modules(remove_duplicate=False) if _word(m)]
-    fronts = [(f'{name}.' if name else '', f'{word}.') for name, word in wrappers]
+    wrappers = [(f'{name}.'.lstrip('.'), _word(m)) for name, m in module.named_modules(remove_duplicate=False)]
     def plain(name):
-        for before, word in fronts[::-1]:  # the innermost first
-            if name.startswith(before + word): name = before + name[len(before + word):]
+        for front, word in wrappers[::-1]:  # the innermost first
+            if word and name.startswith(f'{front}{word}.'): name = front + name.removeprefix(f'{front}{word}.')
         return name
     return plain
 
 def _state(module):
     "The `state_dict` of a module by plain names."
     state, plain = module.state_dict(), _plain(module)
-    found = OrderedDict((plain(k), v) for k, v in state.items())
-    vars(found).update(vars(state))  # the versions of the modules' classes
-    return found
+    return _ordered({plain(name): value for name, value in state.items()}, state)
 
 # %% ../nbs/13_checkpoints.ipynb #130178
 def _parts(learn):
@@ -245,14 +247,18 @@ def _params_of(learn):
 def _state_of(learn, dls):
     "All that a training remembers, in dicts."
     cbs = learn.running or ([learn.recorder] if hasattr(learn, 'recorder') else [])
+    states = [(type(cb).__name__, _remembered(cb)) for cb in cbs]
     versions = dict(exp=exp.__version__, torch=str(torch.__version__), numpy=np.__version__,
                     python=platform.python_version())
     weights, opt = {name: _state(m) for name, m in _parts(learn).items()}, learn.opt
     if opt: opt = dict(name=type(opt).__name__, state=opt.state_dict(), params=_params_of(learn))
-    none = {False: []}  # no sums of a validation in Metrics, since no checkpoint is written during one
-    states = [(type(cb).__name__, cb.state_dict() | (none if isinstance(cb, Metrics) else {})) for cb in cbs]
     return dict(format=FORMAT, versions=versions, model=weights.pop('model'), modules=weights, opt=opt,
                 random=get_rng_state(dls), results=learn.results, cbs=[pair for pair in states if pair[1]])
+
+def _remembered(cb):
+    state = cb.state_dict()
+    if isinstance(cb, Metrics): state = state | {False: []}  # nobody saves in the middle of a validation
+    return state
 
 def save_checkpoint(learn:Learner, # between two fits
                     path): # file to write; an old one stays until the new one is complete
@@ -265,16 +271,16 @@ def _bare(name): return '.'.join(w for w in name.split('.') if w not in _WRAPPER
 def _readings(names):
     "Names as they are, without wrappers' words in front of all of them, and without any wrappers' words."
     yield names
-    front = names
-    while front and all(n.split('.')[0] in _WRAPPERS.values() and '.' in n for n in front):
-        front = [n.partition('.')[2] for n in front]
-        if len({*front}) == len(front): yield front
-    bare = [*map(_bare, names)]
-    if len({*bare}) == len(bare): yield bare
+    rest = names
+    while rest and all(re.match(r'(module|_orig_mod)\.', name) for name in rest):
+        rest = [name.partition('.')[2] for name in rest]
+        yield rest
+    yield [_bare(name) for name in names]
 
 def _renamed(found, own, plain):
     "What was found, by that reading of its names which leaves the fewest alone; `plain`: of the own module."
-    readings = [[*map(plain, names)] for names in _readings([*found])]
+    readings = [names for names in _readings([*found]) if len({*names}) == len(found)]  # no two alike
+    readings = [[plain(name) for name in names] for names in readings]
     names = min(readings, key=lambda names: len({*names} ^ own.keys()))
     return dict(zip(names, found.values()))
 
@@ -312,24 +318,28 @@ def _misfits(own, found, part):
     return wrong, odd
 
 # %% ../nbs/13_checkpoints.ipynb #130184
-def _load_part(module, found, part):
+def _fill(module, found, part):
     "Load what was found into a module; raises `CheckpointError` for other names, shapes or kinds of numbers."
     state, plain = module.state_dict(), _plain(module)
     keys = {plain(key): key for key in state}
     own = {name: state[key] for name, key in keys.items()}
     theirs = _with_twins(own, _renamed(found, own, plain))
     wrong, odd = _misfits(own, theirs, part)
-    first, more = '; '.join((wrong + odd)[:3]), '; ...' if len(wrong + odd) > 3 else ''
-    error = CheckpointError(f'made by another model: expected {first}{more}')
-    if odd or wrong and any(map(is_lazy, state.values())): raise error
+    if odd or (wrong and any(map(is_lazy, state.values()))): raise _other_model(wrong + odd)
     values = OrderedDict((keys.get(name, name), value) for name, value in theirs.items())
     versions = {_bare(k): v for k, v in getattr(found, '_metadata', {}).items()}  # of the modules' classes
     values._metadata = {k: versions.get(_bare(k), {}) for k in getattr(state, '_metadata', {})}
     try: module.load_state_dict(values)
-    except Exception as e: raise (error if wrong else e)
+    except Exception:
+        if wrong: raise _other_model(wrong)
+        raise
 
-def _load_into(parts, found):
-    for part in {**parts, **found}: _load_part(parts.get(part, nn.Module()), found.get(part, {}), part)
+def _other_model(misfits):
+    more = '; ...' if len(misfits) > 3 else ''
+    return CheckpointError(f'made by another model: expected {"; ".join(misfits[:3])}{more}')
+
+def _fill_all(parts, found):
+    for part in {**parts, **found}: _fill(parts.get(part, nn.Module()), found.get(part, {}), part)
 
 @contextmanager
 def _kept(modules, path):
@@ -374,28 +384,30 @@ def _restore(learn, state, path):
     if missing: raise CheckpointError(f'expected a whole checkpoint, found one without {missing}')
     opt, random, version = state['opt'], dict(state['random']), state['versions']['torch']
     if version != torch.__version__: warnings.warn(f'{path} was made by torch {version}: not bit for bit')
-    _load_into(_parts(learn), dict(model=state['model'], **state.get('modules', {})))
-    if learn.opt is None and opt: learn.create_opt()
-    if opt: _check_opt(learn, opt)
+    _fill_all(_parts(learn), dict(model=state['model'], **state.get('modules', {})))
+    if opt:
+        if learn.opt is None: learn.create_opt()
+        _check_opt(learn, opt)
+        load_opt_state(learn.opt, opt['state'])
     if 'cuda' in random: random['cuda'] = random['cuda'][:torch.cuda.device_count()]  # there were more
     set_rng_state(random, learn.dls)
-    if opt: load_opt_state(learn.opt, opt['state'])
     learn.results = state['results']
 
 @contextmanager
 def _all_or_nothing(learn, path):
     "As `_kept`, for optimizer, random states and results, too."
     opt, results, random = learn.opt, learn.results, get_rng_state(learn.dls)
-    inside, groups = (dict(vars(opt)), [dict(g) for g in opt.param_groups]) if opt else ({}, [])
+    if opt: inside, groups = dict(vars(opt)), [dict(group) for group in opt.param_groups]
     with _kept(_parts(learn).values(), path):
         try: yield
         except BaseException:
             set_rng_state(random, learn.dls)
             learn.opt, learn.results = opt, results
-            if opt: vars(opt).update(inside)
-            for group, old in zip(inside.get('param_groups', []), groups):
-                group.clear()
-                group.update(old)
+            if opt:
+                vars(opt).update(inside)
+                for group, old in zip(opt.param_groups, groups):
+                    group.clear()
+                    group.update(old)
             raise
 
 # %% ../nbs/13_checkpoints.ipynb #130039
@@ -452,61 +464,42 @@ class _Signals:
         if asked: signal.raise_signal(asked)
 
 # %% ../nbs/13_checkpoints.ipynb #130091
-_LOWER = {*'''
-    loss losses error errors err mae mse rmse rms nrmse rmsle msle mape smape wmape mase perplexity ppl
-    bitsper nll bce ce crossentropy ece brier crps hinge huber logcosh deviance cost misclassification
-    inaccuracy wer cer ter eer translationeditrate wil wordinfolost distance divergence kl fid lpips
-    learnedperceptualimagepatchsimilarity hamming hausdorff fpr fnr l1 l2 latency seconds
-    negativeloglikelihood'''.split()}
-_HIGHER = {*'''
-    accuracy accuracies acc accs f1 f2 fbeta fmeasure fscore auc aucs auroc auprc aucpr roc precision recall
-    ap map averageprecision specificity sensitivity tpr tnr r2 rsquared explainedvariance iou miou dice
-    jaccard kappa mcc matthews corr corrcoef correlation pearson spearman similarity bleu sacrebleu rouge
-    meteor exactmatch wordinfopreserved mrr ndcg hitrate winrate success reward ssim psnr snr signalnoise
-    signalnoiseratio likelihood loglikelihood elbo'''.split()}
-_NEUTRAL = {*'''
-    valid validation val train training test testing eval evaluation dev holdout epoch batch step running
-    total final last best min max mean average avg median sum ema smoothed root squared square absolute
-    percentage log normalized standardized relative symmetric weighted balanced macro micro samples binary
-    multiclass multilabel class label token word char character sentence image pixel top k score rate
-    index metric measure coef coefficient calibration edit cohen retrieval structural multiscale peak
-    cosine smooth quantile poisson focal triplet contrastive zeroone ctc dim'''.split()}
+_LOWER = '''loss losses error errors err mae mse rmse rmsle msle mape smape perplexity ppl bitsper nll bce ce
+    crossentropy brier crps hinge huber cost inaccuracy misclassification wer cer ter translationeditrate
+    distance divergence kl fid lpips learnedperceptualimagepatchsimilarity hamming fpr fnr l1 l2'''.split()
+_HIGHER = '''accuracy accuracies acc f1 f2 fbeta auc auroc auprc roc precision recall ap map specificity
+    sensitivity tpr tnr r2 explainedvariance iou miou dice jaccard kappa mcc matthews corrcoef correlation
+    pearson spearman similarity bleu sacrebleu rouge meteor exactmatch mrr ndcg winrate success reward
+    ssim psnr snr signalnoiseratio likelihood loglikelihood'''.split()
+_NEUTRAL = '''valid validation val train training test testing eval epoch batch step total final last best min
+    max mean average avg median sum root squared absolute percentage log normalized weighted balanced macro
+    micro binary multiclass multilabel class token word char pixel top k score rate index measure coef
+    calibration edit cohen retrieval structural peak cosine zeroone ctc dim'''.split()
 
 # %% ../nbs/13_checkpoints.ipynb #130225
-_WORDS = r'[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+'
-_FORMULA = r'^[-/]|[-/]$|[-/] | [-/]|(?<![a-z0-9])(?<!top[-_ ])1[-/]'  # -mse, 1-accuracy, but top-1-accuracy
+_KINDS = dict.fromkeys(_LOWER, 'min') | dict.fromkeys(_HIGHER, 'max') | dict.fromkeys(_NEUTRAL, '')
+_KNOWN = '|'.join(sorted(_KINDS, key=len, reverse=True)) + r'|\d+'  # the longest first
 
 def _direction(name):
     "'min' or 'max', if every word of a result's name is known, and all that say which agree; else None."
-    name = re.sub(r'(@|[ _-]at[ _-]?|At)(?=\d|[kK](?![A-Za-z]))', '_', name)  # recall@5
-    words, between = [w.lower() for w in re.findall(_WORDS, name)], {*re.sub(_WORDS, '', name)}
-    kinds, i = [], 0
-    while i < len(words):
-        found = [(n, _kind_of(words[i:i + n])) for n in (5, 4, 3, 2, 1)]  # the longest known ones first
-        n, kind = next((pair for pair in found if pair[1]), (1, 'unclear'))
-        if kind != 'neutral': kinds.append(kind)
-        i += n
-    if 'top' in words and not kinds: kinds = ['max']  # the top five
-    if len(kinds) > 1 and between & {*'-/'}: return None  # a difference, or a ratio
-    if between - {*'_-/. '} or re.search(_FORMULA, name, re.I): return None
-    return kinds[0] if {*kinds} in ({'min'}, {'max'}) else None
-
-def _kind_of(words):
-    word = ''.join(words)
-    for kind, known in (('min', _LOWER), ('max', _HIGHER), ('neutral', _NEUTRAL)):
-        if word in known: return kind
-    if word.isdigit(): return 'neutral'
-    if len(words) > 1: return None
-    for end, kind in (('loss', 'min'), ('error', 'min'), ('accuracy', 'max'), ('acc', 'max')):
-        if word.endswith(end) and word.removesuffix(end) in _NEUTRAL: return kind
-    if len(word) < 5: return None
-    near = get_close_matches(word, [w for w in _LOWER | _HIGHER if w[0] == word[0]], 1, 0.93)
-    return _kind_of(near) if near else None  # misspelt: the fit will say that there is no such result
+    name = re.sub(r'[-_ ]?(@|at)[-_ ]?(\d+|k)(?![a-z])', '', name.lower())  # recall@5
+    name = re.sub(r'top[-_ ]?\d+', 'top', name)
+    if re.search(r'(?<![a-z])[-/]|[-/](?![a-z])', name): return None  # -mse, 1-accuracy
+    letters = re.sub(r'[-/_. ]', '', name)
+    if re.sub(_KNOWN, '', letters):  # something is left: a word that is misspelt?
+        near = get_close_matches(letters, [w for w in _LOWER + _HIGHER if w[0] == letters[0]], 1, 0.93)
+        return _KINDS[near[0]] if near else None
+    words = re.findall(_KNOWN, letters)
+    kinds = [_KINDS[word] for word in words if _KINDS.get(word)]
+    if len(kinds) > 1 and re.search('[-/]', name): return None  # a difference, or a ratio
+    if 'top' in words and not kinds: return 'max'  # the top five
+    return kinds[0] if len({*kinds}) == 1 else None
 
 # %% ../nbs/13_checkpoints.ipynb #130049
 class Monitor(Callback):
     "Base of callbacks that watch one of the results: `improved` says whether it has never been as good."
-    sweep, saved = False, ('best',)
+    sweep = False      # takes no part in `lr_find`
+    saved = ('best',)  # the best so far, or its negative where lower is better
     def __init__(self,
                  monitor:str='valid_loss', # a name in `learn.results`
                  min_delta:float=0., # improvements up to this don't count, at least 0
@@ -531,8 +524,9 @@ def improved(self:Monitor, learn) -> bool: # never for a result that is nan or i
     "Whether the result is better than all before; the next one must be better than this."
     if self.monitor not in learn.results:
         raise ValueError(f'expected monitor in {[*learn.results]}, got {self.monitor!r}')
-    value = learn.results[self.monitor]*(1 if self.mode == 'max' else -1)
-    if not math.isfinite(value) or not value > self.best + self.min_delta: return False
+    value = learn.results[self.monitor]
+    if self.mode == 'min': value = -value
+    if not math.isfinite(value) or value <= self.best + self.min_delta: return False
     self.best = value
     return True
 
@@ -622,7 +616,9 @@ class Checkpoint(Monitor):
 @patch
 def before_fit(self:Checkpoint, learn):
     Monitor.before_fit(self, learn)
-    self.state, self.best_name, self.planned, self.rest, self.checked = None, '', learn.n_epochs, None, False
+    self.state = self.rest = None  # a checkpoint from within an epoch, and the loader that skips batches
+    self.best_name, self.checked = '', False
+    self.planned = learn.n_epochs
     self.dls, self.n_iter = learn.dls, length_hint(learn.dls[0], -1)  # others may change the loaders
     self.lrs = [float(g['lr']) for g in learn.opt.param_groups]
     self.signals, self.lock = _Signals(), _FolderLock(self.folder)  # new ones, for a fit within a fit
@@ -697,7 +693,7 @@ def _go_on(self:Checkpoint, learn, state, path):
         raise CheckpointError(f'{path}: expected {name} {ours}, as in this fit, found {theirs}')
     with _all_or_nothing(learn, path):
         _restore(learn, state, path)
-        if not where['iter']: _load_states(learn, state)
+        if not where['iter']: _give_states(learn, state)
     learn.epoch = where['epoch']
     if where['ended']: learn.n_epochs = learn.epoch
     if where['iter']: self.state = state
@@ -705,25 +701,25 @@ def _go_on(self:Checkpoint, learn, state, path):
 @patch
 def _go_on_within(self:Checkpoint, learn):
     state, self.state = self.state, None
-    _load_states(learn, state)
+    _give_states(learn, state)
     where = state['fit']
     set_rng_state(where['random'], self.loaders)
     self.rest = _Rest(learn.dls[0], where['iter'], where['now'], self.loaders)
     learn.dls = self.rest, learn.dls[1]
 
 # %% ../nbs/13_checkpoints.ipynb #130199
-def _load_states(learn, state):
+def _give_states(learn, state):
     "Give the callbacks of a fit what those of the same class have saved."
     device, left = next((p.device for p in learn.model.parameters()), 'cpu'), list(state['cbs'])
     for cb in learn.running:
         found = next((pair for pair in left if pair[0] == type(cb).__name__), None)
         if found is None: continue
         left.remove(found)
-        _load_state(cb, to_device(found[1], device))
+        _give_state(cb, to_device(found[1], device))
     left = [name for name, _ in left]
     if left: warnings.warn(f'the checkpoint has the state of {left}, which this fit is without')
 
-def _load_state(cb, state):
+def _give_state(cb, state):
     "A dict gets the kind that it had in the callback, as `defaultdict`, since files hold plain ones alone."
     owners = [cb, *cb.sets[True]] if isinstance(cb, Metrics) else [cb]
     kinds = [(o, k, v) for o in owners for k, v in vars(o).items() if isinstance(v, dict)]
@@ -760,7 +756,7 @@ def _check_tensor(v, name, path):
     except Exception as e: raise CheckpointError(f'{path}: expected tensors, found {e} in {name}') from None
 
 # %% ../nbs/13_checkpoints.ipynb #130122
-def _read_parts(path):
+def _read_weights(path):
     "What a file of weights holds, name of the part -> state."
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -769,7 +765,7 @@ def _read_parts(path):
     try:
         values = load(data)
         header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')]).get('__metadata__', {})
-        if 'exp_extra_state' in header: values |= _load_safely(base64.b64decode(header['exp_extra_state']))
+        if 'exp_extra_state' in header: values |= _unpickled(base64.b64decode(header['exp_extra_state']))
         parts = ['model', *json.loads(header.get('exp_parts', '[]'))]
     except SafetensorError as e:
         raise CheckpointError(f'{path}: expected a safetensors file, found none: {e}') from None
@@ -783,7 +779,7 @@ def _read_parts(path):
 
 # %% ../nbs/13_checkpoints.ipynb #130242
 def _read_state_dict(data, path):
-    try: state = _load_safely(data)
+    try: state = _unpickled(data)
     except Exception:
         raise CheckpointError(f'{path}: expected tensors by name, as of torch.save(model.state_dict(), ...), '
                               'found a damaged file, or something else, which was not run') from None
@@ -798,33 +794,33 @@ def _read_state_dict(data, path):
 def save_weights(model, # nn.Module
                  path): # file to write, `.safetensors`; an old one stays until the new one is complete
     "Write weights, buffers, extra state as safetensors; raises `CheckpointError` for what that can't hold."
-    _save_parts({'model': _inner(model)}, path)
+    _write_weights({'model': _inner(model)}, path)
 
 def load_weights(model, # nn.Module with the same names and shapes
                  path): # file from `save_weights`, other safetensors, or a state_dict from `torch.save`
     "Take over weights, buffers, extra state; raises `CheckpointError` for a damaged file or another model's."
-    _load_parts({'model': _inner(model)}, {'model': _read_parts(path)['model']}, path)
+    _fill_or_keep({'model': _inner(model)}, {'model': _read_weights(path)['model']}, path)
 
-def _save_parts(parts, path):
+def _write_weights(parts, path):
     data = _packed(parts, path)
     with atomic_write(path) as file: file.write(data)
 
-def _load_parts(parts, found, path):
-    with _kept(parts.values(), path): _load_into(parts, found)
+def _fill_or_keep(parts, found, path):
+    with _kept(parts.values(), path): _fill_all(parts, found)
 
 # %% ../nbs/13_checkpoints.ipynb #130099
 @patch
 def save(self:Learner,
          path): # file to write; one that ends in `.safetensors` gets the weights, any other a checkpoint
     "Write the weights, or all of a training: weights, optimizer, random states, results, record."
-    if _is_weights(path): _save_parts(_parts(self), path)
+    if _is_weights(path): _write_weights(_parts(self), path)
     else: save_checkpoint(self, path)
 
 @patch
 def load(self:Learner,
          path) -> Learner: # file from `save`; returns the Learner itself
     "Take over what was saved; after a `CheckpointError`, for a file that doesn't fit, nothing is changed."
-    if _is_weights(path): _load_parts(_parts(self), _read_parts(path), path)
+    if _is_weights(path): _fill_or_keep(_parts(self), _read_weights(path), path)
     else: load_checkpoint(self, path)
     return self
 
@@ -850,7 +846,7 @@ class SaveBest(Monitor):
         self.looking = True
 
     def after_epoch(self, learn):
-        if self.improved(learn): _save_parts(_parts(learn), self.path)
+        if self.improved(learn): _write_weights(_parts(learn), self.path)
 
     def cleanup_fit(self, learn):
         looking, self.looking = self.looking, False
@@ -860,8 +856,8 @@ class SaveBest(Monitor):
 @patch
 def after_fit(self:SaveBest, learn):
     if self.best == -math.inf: return
-    found = _read_parts(self.path)
-    try: _load_parts(_parts(learn), found, self.path)
+    found = _read_weights(self.path)
+    try: _fill_or_keep(_parts(learn), found, self.path)
     except CheckpointError as e:  # layers were changed after the best epoch
         warnings.warn(f'{e}; the model stays as the last epoch left it')
         self.looking = False
