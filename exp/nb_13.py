@@ -215,10 +215,11 @@ def _inner(module):
 
 def _plain(module):
     "A function that takes out of a name the words that wrappers within `module` have put into it."
-    wrappers = [(f'{name}.'.lstrip('.'), _word(m)) for name, m in module.named_modules(remove_duplicate=False)]
+    words = {name: _word(m) for name, m in module.named_modules(remove_duplicate=False)}
+    fronts = [(f'{name}.'.lstrip('.'), word) for name, word in words.items() if word]
     def plain(name):
-        for front, word in wrappers[::-1]:  # the innermost first
-            if word and name.startswith(f'{front}{word}.'): name = front + name.removeprefix(f'{front}{word}.')
+        for front, word in fronts[::-1]:  # the innermost first
+            if name.startswith(f'{front}{word}.'): name = front + name.removeprefix(f'{front}{word}.')
         return name
     return plain
 
@@ -256,9 +257,8 @@ def _state_of(learn, dls):
                 random=get_rng_state(dls), results=learn.results, cbs=[pair for pair in states if pair[1]])
 
 def _remembered(cb):
-    state = cb.state_dict()
-    if isinstance(cb, Metrics): state = state | {False: []}  # nobody saves in the middle of a validation
-    return state
+    validation = {False: []} if isinstance(cb, Metrics) else {}  # no sums, since nobody saves during one
+    return cb.state_dict() | validation
 
 def save_checkpoint(learn:Learner, # between two fits
                     path): # file to write; an old one stays until the new one is complete
@@ -475,8 +475,6 @@ _NEUTRAL = '''valid validation val train training test testing eval epoch batch 
     max mean average avg median sum root squared absolute percentage log normalized weighted balanced macro
     micro binary multiclass multilabel class token word char pixel top k score rate index measure coef
     calibration edit cohen retrieval structural peak cosine zeroone ctc dim'''.split()
-
-# %% ../nbs/13_checkpoints.ipynb #130225
 _KINDS = dict.fromkeys(_LOWER, 'min') | dict.fromkeys(_HIGHER, 'max') | dict.fromkeys(_NEUTRAL, '')
 _KNOWN = '|'.join(sorted(_KINDS, key=len, reverse=True)) + r'|\d+'  # the longest first
 
@@ -542,7 +540,7 @@ class _FolderLock:
     def __reduce__(self): return _FolderLock, (self.folder,)  # a copy has no lock
 
     def take(self):
-        "Raises `CheckpointError` if another process has it; returns an `OSError` if one can't write there."
+        "Raises `CheckpointError` if another process has it; returns an `OSError` if one can only read there."
         dist = torch.distributed
         if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0: return None  # a helper
         self.made = [f for f in (self.folder, *self.folder.parents) if not f.exists()]
@@ -644,7 +642,7 @@ def before_epoch(self:Checkpoint, learn):
 def after_batch(self:Checkpoint, learn):
     if not learn.training: return
     done, asked = learn.iter + 1, self.signals.asked
-    due = asked or self.every and done - self.last >= self.every
+    due = asked or (self.every and done - self.last >= self.every)
     if due and learn.loss.isfinite(): self._save(learn, learn.epoch, done)
     if asked: self.signals.release()
 
@@ -685,10 +683,9 @@ def _go_on(self:Checkpoint, learn, state, path):
     if not where:
         raise CheckpointError(f'{path}: expected a checkpoint of a fit, found one from between two: '
                               'see load_checkpoint')
-    names = 'learning rates and batches an epoch', 'max_batches'
-    here = (self.lrs, self.n_iter), learn.max_batches
-    there = (where['lrs'], where['n_iter']), where['max_batches']
-    for name, ours, theirs in zip(names, here, there):
+    for name, ours, theirs in (
+            ('learning rates and batches an epoch', (self.lrs, self.n_iter), (where['lrs'], where['n_iter'])),
+            ('max_batches', learn.max_batches, where['max_batches'])):
         if ours == theirs: continue
         raise CheckpointError(f'{path}: expected {name} {ours}, as in this fit, found {theirs}')
     with _all_or_nothing(learn, path):
@@ -710,14 +707,14 @@ def _go_on_within(self:Checkpoint, learn):
 # %% ../nbs/13_checkpoints.ipynb #130199
 def _give_states(learn, state):
     "Give the callbacks of a fit what those of the same class have saved."
-    device, left = next((p.device for p in learn.model.parameters()), 'cpu'), list(state['cbs'])
+    device = next((p.device for p in learn.model.parameters()), 'cpu')
+    names, states = [name for name, _ in state['cbs']], [value for _, value in state['cbs']]
     for cb in learn.running:
-        found = next((pair for pair in left if pair[0] == type(cb).__name__), None)
-        if found is None: continue
-        left.remove(found)
-        _give_state(cb, to_device(found[1], device))
-    left = [name for name, _ in left]
-    if left: warnings.warn(f'the checkpoint has the state of {left}, which this fit is without')
+        if type(cb).__name__ not in names: continue
+        i = names.index(type(cb).__name__)
+        names.pop(i)
+        _give_state(cb, to_device(states.pop(i), device))
+    if names: warnings.warn(f'the checkpoint has the state of {names}, which this fit is without')
 
 def _give_state(cb, state):
     "A dict gets the kind that it had in the callback, as `defaultdict`, since files hold plain ones alone."
@@ -735,8 +732,8 @@ def _give_state(cb, state):
 def _packed(parts, path, later=False): # later: a parameter may get its shape before it is written
     "The bytes of a safetensors file; raises `CheckpointError`, with the name, for what that can't hold."
     from safetensors.torch import save
-    values = _state(parts['model'])
-    for part in [*parts][1:]:
+    values, others = _state(parts['model']), [part for part in parts if part != 'model']
+    for part in others:
         clash = next((k for k in values if k.startswith(f'{part}.')), None)
         if clash: raise CheckpointError(f'{path}: expected no other {part} in the model, found {clash}')
         values |= {f'{part}.{k}': v for k, v in _state(parts[part]).items()}
@@ -744,7 +741,7 @@ def _packed(parts, path, later=False): # later: a parameter may get its shape be
     for name, v in tensors.items(): _check_tensor(v, name, path)
     extra, header = {k: v for k, v in values.items() if not isinstance(v, Tensor)}, {'format': 'pt'}
     if extra: header['exp_extra_state'] = base64.b64encode(_bytes_of(_readable(extra, path))).decode()
-    if len(parts) > 1: header['exp_parts'] = json.dumps([*parts][1:])
+    if others: header['exp_parts'] = json.dumps(others)
     return save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata=header)
 
 def _check_tensor(v, name, path):
@@ -758,7 +755,6 @@ def _check_tensor(v, name, path):
 # %% ../nbs/13_checkpoints.ipynb #130122
 def _read_weights(path):
     "What a file of weights holds, name of the part -> state."
-    from safetensors import SafetensorError
     from safetensors.torch import load
     data = Path(path).expanduser().read_bytes()
     if data[:4] in (b'PK\x03\x04', b'\x80\x02\x8a\x0a'): return _read_state_dict(data, path)  # of torch.save
@@ -767,14 +763,12 @@ def _read_weights(path):
         header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')]).get('__metadata__', {})
         if 'exp_extra_state' in header: values |= _unpickled(base64.b64decode(header['exp_extra_state']))
         parts = ['model', *json.loads(header.get('exp_parts', '[]'))]
-    except SafetensorError as e:
-        raise CheckpointError(f'{path}: expected a safetensors file, found none: {e}') from None
     except Exception as e:
-        raise CheckpointError(f'{path}: expected a header of save_weights, found another: {e}') from None
+        raise CheckpointError(f'{path}: expected a safetensors file, found none or a damaged one: {e}') from None
     found = {part: {} for part in parts}
-    for k, v in values.items():
-        part = next((p for p in parts[1:] if k.startswith(f'{p}.')), 'model')
-        found[part][k if part == 'model' else k[len(part) + 1:]] = v
+    for name, value in values.items():
+        part = next((p for p in parts[1:] if name.startswith(f'{p}.')), 'model')
+        found[part][name if part == 'model' else name.removeprefix(f'{part}.')] = value
     return found
 
 # %% ../nbs/13_checkpoints.ipynb #130242
