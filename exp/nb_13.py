@@ -556,17 +556,16 @@ class _Signals:
         if asked: signal.raise_signal(asked)
 
 # %% ../nbs/13_checkpoints.ipynb #130091
-_LOWER = '''loss losses error errors err mae mse rmse rmsle msle mape smape perplexity ppl bitsper nll bce ce
-    crossentropy brier crps hinge huber cost inaccuracy misclassification wer cer ter translationeditrate
-    distance divergence kl fid lpips learnedperceptualimagepatchsimilarity hamming fpr fnr l1 l2'''.split()
-_HIGHER = '''accuracy accuracies acc f1 f2 fbeta auc auroc auprc roc precision recall ap map specificity
-    sensitivity tpr tnr r2 explainedvariance iou miou dice jaccard kappa mcc matthews corrcoef correlation
-    pearson spearman similarity bleu sacrebleu rouge meteor exactmatch mrr ndcg winrate success reward
-    ssim psnr snr signalnoiseratio likelihood loglikelihood'''.split()
-_NEUTRAL = '''valid validation val train training test testing eval epoch batch step total final last best min
-    max mean average avg median sum root squared absolute percentage log normalized weighted balanced macro
-    micro binary multiclass multilabel class token word char pixel top k score rate index measure coef
-    calibration edit cohen retrieval structural peak cosine zeroone ctc dim'''.split()
+_LOWER = '''loss losses error errors mae mse rmse rmsle msle mape perplexity ppl bitsper nll bce ce crossentropy
+    brier crps hinge huber inaccuracy wer cer ter translationeditrate distance divergence kl fid hamming
+    learnedperceptualimagepatchsimilarity fpr fnr l1 l2'''.split()
+_HIGHER = '''accuracy acc f1 f2 fbeta auc auroc auprc roc precision recall ap map specificity sensitivity tpr
+    tnr r2 explainedvariance iou dice jaccard kappa matthews corrcoef pearson spearman similarity bleu
+    sacrebleu rouge meteor exactmatch mrr ndcg winrate reward ssim psnr signalnoiseratio'''.split()
+_NEUTRAL = '''valid validation val train training test eval epoch batch step final last best min max mean average
+    median sum root squared absolute percentage log normalized weighted balanced macro micro binary multiclass
+    label class token word char top k score rate index measure calibration edit cohen retrieval structural
+    peak cosine zeroone ctc dim'''.split()
 _KINDS = dict.fromkeys(_LOWER, 'min') | dict.fromkeys(_HIGHER, 'max') | dict.fromkeys(_NEUTRAL, '')
 _KNOWN = '|'.join(sorted(_KINDS, key=len, reverse=True)) + r'|\d+'  # the longest first
 
@@ -716,7 +715,7 @@ def before_fit(self:Checkpoint, learn):
     if path and not self.resume:
         raise FileExistsError(f'expected an empty folder or resume=True, found {path}')
     if path: self._go_on(learn, read_checkpoint(path), path)
-    if problem and learn.epoch < learn.n_epochs: raise problem
+    if problem and learn.epoch < learn.n_epochs: raise problem  # a finished fit needs no folder to write to
     for name, m in _parts(learn).items(): _readable({name: dict(_state(m))}, self.folder)
     _clear_parts(self.folder, 'epoch*-batch*.pt')
     self.signals.catch()
