@@ -341,6 +341,7 @@ def _other_model(misfits):
 def _fill_all(parts, found):
     for part in {**parts, **found}: _fill(parts.get(part, nn.Module()), found.get(part, {}), part)
 
+# %% ../nbs/13_checkpoints.ipynb #130305
 @contextmanager
 def _kept(modules, path):
     "After an error within, the modules are as they were before, and a `CheckpointError` names the file."
@@ -463,7 +464,7 @@ def _read_weights(path):
         if 'exp_extra_state' in header: values |= _unpickled(base64.b64decode(header['exp_extra_state']))
         parts = ['model', *json.loads(header.get('exp_parts', '[]'))]
     except Exception as e:
-        raise CheckpointError(f'{path}: expected a safetensors file, found none or a damaged one: {e}') from None
+        raise CheckpointError(f'{path}: expected a safetensors file, found another: {e}') from None
     found = {part: {} for part in parts}
     for name, value in values.items():
         part = next((p for p in parts[1:] if name.startswith(f'{p}.')), 'model')
@@ -556,16 +557,16 @@ class _Signals:
         if asked: signal.raise_signal(asked)
 
 # %% ../nbs/13_checkpoints.ipynb #130091
-_LOWER = '''loss losses error errors mae mse rmse rmsle msle mape perplexity ppl bitsper nll bce ce crossentropy
-    brier crps hinge huber inaccuracy wer cer ter translationeditrate distance divergence kl fid hamming
-    learnedperceptualimagepatchsimilarity fpr fnr l1 l2'''.split()
+_LOWER = '''loss losses error errors mae mse rmse rmsle msle mape perplexity ppl bitsper nll bce ce
+    crossentropy brier crps hinge huber inaccuracy wer cer ter translationeditrate distance divergence kl fid
+    hamming learnedperceptualimagepatchsimilarity fpr fnr l1 l2'''.split()
 _HIGHER = '''accuracy acc f1 f2 fbeta auc auroc auprc roc precision recall ap map specificity sensitivity tpr
     tnr r2 explainedvariance iou dice jaccard kappa matthews corrcoef pearson spearman similarity bleu
     sacrebleu rouge meteor exactmatch mrr ndcg winrate reward ssim psnr signalnoiseratio'''.split()
-_NEUTRAL = '''valid validation val train training test eval epoch batch step final last best min max mean average
-    median sum root squared absolute percentage log normalized weighted balanced macro micro binary multiclass
-    label class token word char top k score rate index measure calibration edit cohen retrieval structural
-    peak cosine zeroone ctc dim'''.split()
+_NEUTRAL = '''valid validation val train training test eval epoch batch step final last best min max mean
+    average median sum root squared absolute percentage log normalized weighted balanced macro micro binary
+    multiclass label class token word char top k score rate index measure calibration edit cohen retrieval
+    structural peak cosine zeroone ctc dim'''.split()
 _KINDS = dict.fromkeys(_LOWER, 'min') | dict.fromkeys(_HIGHER, 'max') | dict.fromkeys(_NEUTRAL, '')
 _KNOWN = '|'.join(sorted(_KINDS, key=len, reverse=True)) + r'|\d+'  # the longest first
 
@@ -631,7 +632,7 @@ class _FolderLock:
     def __reduce__(self): return _FolderLock, (self.folder,)  # a copy has no lock
 
     def take(self):
-        "Raises `CheckpointError` if another process has it; returns an `OSError` if one can only read there."
+        "Raises `CheckpointError` if another process has it; gives an `OSError` if one can't write there."
         dist = torch.distributed
         if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0: return None  # a helper
         self.made = [f for f in (self.folder, *self.folder.parents) if not f.exists()]
