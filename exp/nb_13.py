@@ -341,7 +341,7 @@ def _other_model(misfits):
 def _fill_all(parts, found):
     for part in {**parts, **found}: _fill(parts.get(part, nn.Module()), found.get(part, {}), part)
 
-# %% ../nbs/13_checkpoints.ipynb #130305
+# %% ../nbs/13_checkpoints.ipynb #130343
 @contextmanager
 def _kept(modules, path):
     "After an error within, the modules are as they were before, and a `CheckpointError` names the file."
@@ -561,7 +561,7 @@ _LOWER = '''loss losses error errors mae mse rmse rmsle msle mape perplexity ppl
     crossentropy brier crps hinge huber inaccuracy wer cer ter translationeditrate distance divergence kl fid
     hamming learnedperceptualimagepatchsimilarity fpr fnr l1 l2'''.split()
 _HIGHER = '''accuracy acc f1 f2 fbeta auc auroc auprc roc precision recall ap map specificity sensitivity tpr
-    tnr r2 explainedvariance iou dice jaccard kappa matthews corrcoef pearson spearman similarity bleu
+    tnr r2 explainedvariance iou miou dice jaccard kappa matthews corrcoef pearson spearman similarity bleu
     sacrebleu rouge meteor exactmatch mrr ndcg winrate reward ssim psnr signalnoiseratio'''.split()
 _NEUTRAL = '''valid validation val train training test eval epoch batch step final last best min max mean
     average median sum root squared absolute percentage log normalized weighted balanced macro micro binary
