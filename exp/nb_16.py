@@ -28,8 +28,7 @@ def plot_matrix(matrix:Tensor, # (classes, classes), from `confusion_matrix`
                 ax=None): # matplotlib axes; None: a new figure
     "Draw a confusion matrix, coloured by the mistakes; return the axes."
     import matplotlib.pyplot as plt
-    matrix, n = matrix.cpu(), len(matrix)
-    names = _names(labels, n)
+    matrix, n, names = matrix.cpu(), len(matrix), _names(labels, len(matrix))
     if ax is None: ax = plt.subplots(figsize=(0.6 + 0.45*n, 0.6 + 0.42*n))[1]
     wrong = matrix - matrix.diag().diag()
     grays, colors = torch.where(torch.eye(n) > 0, 0.15, math.nan), torch.where(wrong > 0, wrong, math.nan)
