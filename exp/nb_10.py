@@ -300,7 +300,7 @@ def _check_opt(opt):
     "Raise unless an optimizer has groups of parameters with rates that make sense."
     if not hasattr(opt, 'param_groups'):
         raise TypeError(f'expected an optimizer as in torch.optim, got {type(opt).__name__}')
-    for lr in [group.get('lr') for group in opt.param_groups]: _check_lr(lr)
+    for group in opt.param_groups: _check_lr(group.get('lr'))
 
 # %% ../nbs/10_learner.ipynb #100203
 class _Made:
