@@ -26,8 +26,8 @@ def test_near(a, # tensor, array, number or nested list of numbers
 # %% ../nbs/00_tools.ipynb #000040
 def set_seed(seed:int, # 0 <= seed < 2**32 (numpy's limit)
             ):
-    "Seed the generators of Python, numpy and PyTorch (all devices); raises `ValueError` for another seed."
-    if isinstance(seed, (bool, float, str)) or not 0 <= operator.index(seed) < 2**32:
+    "Seed Python, numpy and PyTorch (all devices); raises `ValueError` or `TypeError` for another seed."
+    if isinstance(seed, bool) or not hasattr(seed, '__index__') or not 0 <= seed < 2**32:
         raise ValueError(f'expected a seed in 0 to 2**32 - 1, a whole number, got {seed!r}')
     seed = operator.index(seed)  # a whole number of numpy or PyTorch becomes one of Python
     random.seed(seed)
@@ -66,8 +66,7 @@ def describe(alt:str, # what the figure shows, in a sentence, for readers who ca
     file, small = io.BytesIO(), io.BytesIO()
     plt.savefig(file, format='png', dpi=2*dpi, bbox_inches='tight', metadata={'Software': None})
     plt.close()
-    im = Image.open(file).convert('RGB')
-    im = im.quantize(128, dither=Image.Dither.NONE)  # enough for a figure, and a smaller file
+    im = Image.open(file).convert('RGB').quantize(128, dither=Image.Dither.NONE)  # for a smaller file
     im.save(small, format='png', optimize=True)
     data = base64.b64encode(small.getvalue()).decode()
     tag = f'<img alt="{html.escape(alt)}" width="{im.width//2}" src="data:image/png;base64,{data}">'
@@ -92,7 +91,7 @@ def label_lines(ax, # matplotlib axes with lines that have labels
     return ax
 
 # %% ../nbs/00_tools.ipynb #000052
-def show_image(im, # (h, w), (1, h, w), (c, h, w), (h, w, c): the first that fits; c is 3 or 4
+def show_image(im, # (h, w), (c, h, w) or (h, w, c): the first that fits; c is 1, 3 or 4
                ax=None, # matplotlib axes; None: a new figure
                title:str=None, # written above the image
                figsize:tuple=(2, 2), # (width, height) of a new figure, inches
@@ -105,7 +104,7 @@ def show_image(im, # (h, w), (1, h, w), (c, h, w), (h, w, c): the first that fit
     if im.ndim == 3 and im.shape[0] in (1, 3, 4): im = im.transpose(1, 2, 0)  # (c, h, w) -> (h, w, c)
     if im.ndim == 3 and im.shape[-1] == 1: im = im[..., 0]                    # (h, w, 1) -> (h, w)
     if not (im.ndim == 2 or im.ndim == 3 and im.shape[-1] in (3, 4)):
-        expected = '(h, w), (1, h, w), (c, h, w) or (h, w, c), c in 3, 4'
+        expected = '(h, w), (c, h, w) or (h, w, c), where c is 1, 3 or 4'
         raise ValueError(f'expected {expected}; got shape {im.shape}')
     if ax is None: ax = plt.subplots(figsize=figsize)[1]
     ax.imshow(im, cmap=cmap, **kwargs)
@@ -126,8 +125,7 @@ def show_images(ims, # sequence of images, or a tensor (n, h, w) or (n, c, h, w)
     if titles is not None and len(titles) != n: raise ValueError(f'expected {n} titles, got {len(titles)}')
     ncols = min(n, ncols or min(10, math.ceil(math.sqrt(n))))
     nrows = math.ceil(n / ncols)
-    height = imsize * (1.25 if titles is not None else 1)
-    size = (ncols*imsize, nrows*height)
+    size = ncols*imsize, nrows*imsize*(1 if titles is None else 1.25)  # inches; a title needs a quarter more
     fig, axs = plt.subplots(nrows, ncols, figsize=size, squeeze=False, layout='constrained')
     for ax in axs.flat: ax.set_axis_off()
     for i, im in enumerate(ims): show_image(im, axs.flat[i], None if titles is None else titles[i], **kwargs)
@@ -137,7 +135,7 @@ def show_images(ims, # sequence of images, or a tensor (n, h, w) or (n, c, h, w)
 def time_call(f, # called without arguments
               min_time:float=0.2, # repeat for about this long, seconds
              ) -> float: # seconds
-    "Median time of a call of `f`, on one thread, measured by `torch.utils.benchmark`."
+    "Time of a call of `f` on one thread, the median of blocks of calls, by `torch.utils.benchmark`."
     from torch.utils.benchmark import Timer
     return Timer('f()', globals={'f': f}).blocked_autorange(min_run_time=min_time).median
 
@@ -166,27 +164,6 @@ def plot_times(times:dict, # label -> seconds
     ax.invert_yaxis()
     return ax
 
-# %% ../nbs/00_tools.ipynb #000132
-def _agree(a, b):
-    "Whether what came out is what was expected: numbers nearly, everything else exactly."
-    if isinstance(b, (tuple, list)) and isinstance(a, (tuple, list)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_agree, a, b))
-    if isinstance(b, int): return isinstance(a, (int, np.integer, np.bool_)) and bool(a == b)
-    if not isinstance(b, (Tensor, np.ndarray, float)): return type(a) is type(b) and bool(a == b)
-    try:
-        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-3, atol=1e-5,
-                                   equal_nan=True, check_dtype=False, check_device=False)
-    except (AssertionError, TypeError, ValueError, RuntimeError): return False
-    return True
-
-def _in_short(value):
-    "A value in one line: of a tensor its shape and its first numbers."
-    if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) > 4:
-        first = ', '.join(f'{v:.4g}' for v in torch.as_tensor(value).flatten()[:3].tolist())
-        return f'{first}, ... of shape {tuple(value.shape)}'
-    text = ' '.join(str(value).split())
-    return text if len(text) <= 80 else f'{text[:77]}...'
-
 # %% ../nbs/00_tools.ipynb #000101
 def judge(check, # function of the answer: yields (given, what came out or a function for it, expected)
           answer): # a function, a class, or whatever was asked for
@@ -205,7 +182,32 @@ def judge(check, # function of the answer: yields (given, what came out or a fun
     except (Exception, SystemExit) as e:
         print(f'Not yet. Given {_in_short(given)}, got {type(e).__name__}: {_in_short(e)}.')
 
+# %% ../nbs/00_tools.ipynb #000132
+def _agree(a, b):
+    "Whether what came out is what was expected: numbers nearly, everything else exactly."
+    if isinstance(b, (tuple, list)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_agree, a, b))
+    if isinstance(b, int): return isinstance(a, (int, np.integer, np.bool_)) and bool(a == b)
+    if not isinstance(b, (Tensor, np.ndarray, float)): return type(a) is type(b) and bool(a == b)
+    try:
+        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-3, atol=1e-5,
+                                   equal_nan=True, check_dtype=False, check_device=False)
+    except (AssertionError, TypeError, ValueError, RuntimeError): return False
+    return True
+
+def _in_short(value):
+    "A value in one line: of a tensor its shape and its first numbers."
+    if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) > 4:
+        first = ', '.join(f'{v:.4g}' for v in torch.as_tensor(value).flatten()[:3].tolist())
+        return f'{first}, ... of shape {tuple(value.shape)}'
+    text = ' '.join(str(value).split())
+    return text if len(text) <= 80 else f'{text[:77]}...'
+
 # %% ../nbs/00_tools.ipynb #000074
+def _discard(screen):
+    "Send what `screen` still holds to nowhere."
+    with suppress(Exception), open(os.devnull, 'w') as nowhere: os.dup2(nowhere.fileno(), screen.fileno())
+
 def say(*parts, # what to print
         sep:str=' '): # written between the parts
     "Print a line at once; a screen that is missing, closed, full, or short of letters raises nothing."
@@ -216,9 +218,7 @@ def say(*parts, # what to print
             encoding = getattr(screen, 'encoding', None) or 'ascii'
             print(line.encode(encoding, 'replace').decode(encoding), file=screen, flush=True)
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC): return  # no reader any more, or a full disk:
-        with suppress(Exception):  # what is still buffered would fail again at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), screen.fileno())
+        if error.errno in (errno.EPIPE, errno.ENOSPC): _discard(screen)  # no reader any more, or a full disk
     except Exception: pass
 
 # %% ../nbs/00_tools.ipynb #000078

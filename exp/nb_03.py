@@ -24,13 +24,13 @@ def logsumexp(x:Tensor, # any shape, floating point
              ) -> Tensor: # the shape of `x` without `dim`
     "log(sum(exp(x))) along `dim`, without overflow; -inf where all of `x` is."
     m = x.detach().amax(dim, keepdim=True)
-    m = torch.where(m.isfinite(), m, 0)
+    m = torch.where(m.isfinite(), m, 0)  # -inf - -inf would be nan
     out = m + (x - m).exp().sum(dim, keepdim=True).log()
     return out if keepdim else out.squeeze(dim)
 
 # %% ../nbs/03_losses.ipynb #030056
 def _check_target(inp, target, dim):
-    "`target` as int64; raises `ValueError` unless it has a class for each position of `inp` along `dim`."
+    "`target` as int64; raises `ValueError` unless it has one class index for each position."
     expected = list(inp.shape)
     expected.pop(dim)
     if list(target.shape) != expected:
@@ -50,7 +50,7 @@ def _pick(x, target, counted, dim):
     "What `x` holds at the targets along `dim`, and anything where they are not `counted`."
     try: return x.gather(dim, target.where(counted, 0).unsqueeze(dim)).squeeze(dim)
     except RuntimeError as e:
-        if 'out of bounds' not in str(e): raise
+        if 'out of bounds' not in str(e): raise  # PyTorch's words for a label that is no class
         low, high = target[counted].aminmax()
         raise ValueError(f'expected targets in 0 to {x.shape[dim] - 1}, got {low} to {high}') from None
 
@@ -61,10 +61,6 @@ def _check_weight(weight, x, dim):
     weight = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
     if weight.shape == (x.shape[dim],): return weight
     raise ValueError(f'expected a weight for each of {x.shape[dim]} classes, got shape {tuple(weight.shape)}')
-
-def _amounts(target, counted, weight):
-    "How much each position counts: one, or the weight of its class, and nothing if it is not `counted`."
-    return counted if weight is None else weight[target.where(counted, 0)].where(counted, 0)
 
 def _reduce(losses, amounts, reduction):
     "`losses` as they are ('none'), their sum, or the sum divided by that of `amounts` ('mean')."
@@ -77,6 +73,16 @@ def _reduce(losses, amounts, reduction):
     return (losses.sum(dtype=wide) / total).to(losses.dtype)
 
 # %% ../nbs/03_losses.ipynb #030057
+def _losses(log_p, target, dim, ignore_index, weight):
+    "The loss of each position, how much it counts, whether it counts, and `weight` as a tensor."
+    target, weight = _check_target(log_p, target, dim), _check_weight(weight, log_p, dim)
+    counted = amounts = _counted(target, ignore_index)
+    losses = -_pick(log_p, target, counted, dim)
+    if weight is not None:
+        amounts = weight[target.where(counted, 0)].where(counted, 0)
+        losses = losses * amounts
+    return losses.where(counted, 0), amounts, counted, weight
+
 def nll(log_p:Tensor, # log probabilities, any shape, classes along `dim`
         target:Tensor, # class indices, integer, the shape of `log_p` without `dim`
         dim:int=-1, # of the classes
@@ -85,12 +91,8 @@ def nll(log_p:Tensor, # log probabilities, any shape, classes along `dim`
         weight:Tensor=None, # of each class (C,); None: all the same
        ) -> Tensor: # 0-d, or the shape of `target` for 'none'; nan for the mean of nothing
     "Negative log likelihood of the targets; raises `ValueError` for arguments that don't fit."
-    target, weight = _check_target(log_p, target, dim), _check_weight(weight, log_p, dim)
-    counted = _counted(target, ignore_index)
-    losses = -_pick(log_p, target, counted, dim)
-    amounts = _amounts(target, counted, weight)
-    if weight is not None: losses = losses * amounts
-    return _reduce(losses.where(counted, 0), amounts, reduction)
+    losses, amounts, _, _ = _losses(log_p, target, dim, ignore_index, weight)
+    return _reduce(losses, amounts, reduction)
 
 # %% ../nbs/03_losses.ipynb #030069
 def cross_entropy(inp:Tensor, # scores, any shape, classes along `dim`
@@ -105,13 +107,11 @@ def cross_entropy(inp:Tensor, # scores, any shape, classes along `dim`
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f'expected label_smoothing in 0 to 1, got {label_smoothing}')
     log_p = log_softmax(inp, dim)
-    loss = nll(log_p, target, dim, reduction, ignore_index, weight)
-    if label_smoothing == 0: return loss
-    target, weight = target.long(), _check_weight(weight, log_p, dim)
-    counted = _counted(target, ignore_index)
-    if weight is not None: log_p = (log_p.movedim(dim, -1) * weight).movedim(-1, dim)
-    smooth = _reduce((-log_p.mean(dim)).where(counted, 0), _amounts(target, counted, weight), reduction)
-    return (1 - label_smoothing)*loss + label_smoothing*smooth
+    losses, amounts, counted, weight = _losses(log_p, target, dim, ignore_index, weight)
+    if label_smoothing > 0:
+        if weight is not None: log_p = (log_p.movedim(dim, -1) * weight).movedim(-1, dim)
+        losses = (1 - label_smoothing)*losses - label_smoothing*log_p.mean(dim).where(counted, 0)
+    return _reduce(losses, amounts, reduction)
 
 # %% ../nbs/03_losses.ipynb #030077
 def accuracy(out:Tensor, # scores, any shape, classes along `dim`

@@ -8,25 +8,15 @@ __all__ = ['EVENTS', 'STEPS', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'Callba
            'Compile']
 
 # %% ../nbs/10_learner.ipynb #100004
-import bdb, copy, csv, html, inspect, itertools, math, os, re, sys, time, traceback, warnings
-from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from difflib import get_close_matches
-from functools import partial, wraps
-from pathlib import Path
-from types import SimpleNamespace
-import numpy as np
+import math
+from functools import partial
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
-from tqdm import tqdm
-from .nb_00 import COLORS, is_terminal, say
 from .nb_03 import accuracy
 from .nb_04 import DataLoader, Dataset
-from .nb_05 import (Metric, as_float32, as_list, as_number, brief, copy_nest, device_of, is_sum,
-                       join_nests, n_rows, weigher, whole_number)
+from .nb_05 import Metric
 
 # %% ../nbs/10_learner.ipynb #100030
 EVENTS = ('before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_loss', 'after_backward',
@@ -35,26 +25,46 @@ EVENTS = ('before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_
 STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
 
 class CancelBatch(Exception): "Raise it in a callback to skip the rest of the batch, except its cleanup."
-class CancelEpoch(Exception): "Raise it in a callback to skip the rest of the epoch, except its cleanup."
-class CancelFit(Exception): "Raise it in a callback to end the fit; only its cleanup still comes."
+class CancelEpoch(Exception): "Skips the rest of the epoch; the cleanups of batch and epoch still come."
+class CancelFit(Exception): "Ends the fit; the cleanups of what is open, batch, epoch and fit, still come."
+
+# %% ../nbs/10_learner.ipynb #100599
+import bdb, copy, csv, html, inspect, itertools, os, sys, time, traceback, warnings
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from difflib import get_close_matches
+from functools import wraps
+from pathlib import Path
+import numpy as np
+from torch.func import functional_call, grad_and_value
+from tqdm import tqdm
+from .nb_00 import COLORS, is_terminal, say
+from .nb_05 import (as_float32, as_list, as_number, brief, copy_nest, device_of, is_sum, join_nests,
+                       n_rows, weigher, whole_number)
 
 # %% ../nbs/10_learner.ipynb #100200
-_WORDS = (  # what the names of other libraries speak of, and the event here
-    ('exception|interrupt|cancel', 'cleanup_fit'), ('before_step|optimizer|backward|grad', 'after_backward'),
-    ('valid|val_|test|eval|loader|before_train$|after_train$', '{}_fit or around_pass'),
-    ('loss', 'after_loss'), ('pred|forward', 'after_predict'), ('epoch', '{}_epoch'),
-    ('batch|iter|step', '{}_batch'), ('', '{}_fit'))
+_ELSEWHERE = {  # what is to be used here -> the names of it in other libraries, with or without `on_`
+    'before_fit': 'setup begin_fit fit_start train_begin train_start run_start',
+    'before_epoch': 'begin_epoch epoch_begin epoch_start epoch_started train_epoch_start',
+    'before_batch': 'begin_batch batch_begin train_batch_begin train_batch_start iteration_started',
+    'after_predict': 'after_pred', 'after_loss': 'loss_begin loss_computed', 'after_step': 'before_zero_grad',
+    'after_backward': 'before_step before_optimizer_step optimizer_step grad_computed',
+    'after_batch': 'batch_end step_end train_batch_end iteration_completed trigger_step',
+    'after_epoch': 'epoch_end epoch_completed train_epoch_end trigger_epoch',
+    'after_fit': 'teardown fit_end train_end', 'cleanup_fit': 'after_cancel_fit on_exception',
+    'before_fit or around_pass': 'before_train begin_train', 'after_fit or around_pass': 'after_train',
+    'around_pass': 'before_validate after_validate begin_validate validation_start validation_end '
+                   'validation_epoch_start validation_epoch_end on_evaluate test_begin test_end',
+    'to override a method of Learner': 'training_step validation_step test_step configure_optimizers'}
+_HERE = {theirs: ours for ours, names in _ELSEWHERE.items() for theirs in names.split()}
 
 def _event_here(name):
-    "What an event of another library is called here; None if `name` is no such event."
-    if name in ('training_step', 'validation_step', 'test_step', 'predict_step', 'configure_optimizers'):
-        return 'to override a method of Learner'
-    word = 'fit|train|epoch|batch|iter|step|eval|predict|valid|validation|test|loss|backward|run|loader|stage'
-    known = ('setup$|teardown$|(on|begin|before|after|cleanup|optimizer|trigger)_|'
-             f'.*({word})_(begin|start|end|computed|completed|started)$')
-    if not re.match(known, name): return None
-    when = 'after' if re.search('end$|^after|teardown|computed', name) else 'before'
-    return next(here for words, here in _WORDS if re.search(words, name)).format(when)
+    "What an event of another library, or a misspelt one, is called here; None if `name` is no event."
+    for known in (name, name.removeprefix('on_')):
+        if known in _HERE: return _HERE[known]
+    similar = get_close_matches(name.removeprefix('on_'), EVENTS, n=1, cutoff=0.8)
+    if similar: return similar[0]
+    return 'one of EVENTS' if name.startswith(('on_', 'begin_', 'before_', 'after_', 'cleanup_')) else None
 
 def _check_name(owner, name, is_method):
     "Raise `TypeError` if a method of a callback has a name that would never be called."
@@ -62,7 +72,7 @@ def _check_name(owner, name, is_method):
     if name in STEPS:
         raise TypeError(f'expected an event, got {owner}.{name}, a step: override it in a subclass of '
                         f'Learner, or set learn.{name} in before_fit')
-    here = _event_here(name) or next(iter(get_close_matches(name, EVENTS, n=1, cutoff=0.8)), None)
+    here = _event_here(name)
     if here: raise TypeError(f'expected an event, got {owner}.{name}: did you mean {here}?')
 
 # %% ../nbs/10_learner.ipynb #100032
@@ -70,7 +80,7 @@ class Callback:
     "Base of callbacks: a method named as one of `EVENTS` is called at that event, with the `Learner`."
     order = 0     # lower goes first; equals go as given
     sweep = True  # takes part when `Learner.lr_find` tries learning rates
-    everywhere = False  # takes part in passes within a fit, too, that was given it for itself alone
+    everywhere = False  # given to one fit: takes part in validations within that fit, too
     saved = ()    # names of the attributes that a checkpoint of a fit holds
 
     def __init_subclass__(cls, **kwargs):
@@ -88,8 +98,9 @@ class Callback:
 
 # %% ../nbs/10_learner.ipynb #100514
 class _Batch:
-    "What a Learner makes of its running batch."
-    batch = None
+    "The running batch of a Learner, and the steps that are taken with it."
+    batch = pred = loss = None
+    by_loss_func, _weigher = False, (None, None)  # whether `loss_func` gave the loss, and what weighs it
 
     @property
     def xb(self): return _fields(self.batch, 2)[:-1]
@@ -99,6 +110,17 @@ class _Batch:
     def n_rows(self) -> int: # rows of the batch, by its target; override it for batches of another form
         target = self.yb
         return len(target) if isinstance(target, Tensor) and target.ndim else n_rows(target, self.xb)
+
+    def predict(self,
+                *inputs): # for the model; none: the running batch
+        "The step: predictions for the batch, as `pred`. With inputs: theirs, see `predict_inputs`."
+        if inputs: return self.predict_inputs(*inputs)
+        self.pred = self.model(*self.xb)
+
+    def get_loss(self): self.loss, self.by_loss_func = self.loss_func(self.pred, self.yb), True
+    def backward(self): self.loss.backward()
+    def step(self): self.opt.step(self.closure) if self.asks_closure else self.opt.step()
+    def zero_grad(self): self.opt.zero_grad()
 
 def _fields(batch, least=1):
     if not isinstance(batch, (tuple, list)):
@@ -111,11 +133,10 @@ class Learner(_Batch):
     "Model, data, loss and optimizer, and the loop that trains them, announcing its `EVENTS` to callbacks."
     default_cbs = ()  # the classes of callbacks that every Learner begins with
     debug = None      # keep the local variables in a traceback; None: where a debugger may look at them
-    running, depth = (), 0  # the callbacks of the fit that is running, and how many fits and passes are open
-    by_loss_func = False    # whether the loss of the batch is what the loss function gave
-    fitting = failed = asks_closure = False
-    opt = pred = loss = max_batches = _made = _told = None
-    _weigher = None, None
+    running, depth = (), 0    # the callbacks that take part now, and how many fits and passes are open
+    fitting = failed = False  # whether this is a pass of a fit, and whether an error has ended a phase of it
+    training = iter = n_iter = epoch = n_epochs = max_batches = None
+    opt, asks_closure, _made, _told = None, False, None, None  # the optimizer, and what is known of it
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -132,7 +153,8 @@ class Learner(_Batch):
                  progress:bool=True): # show a table, and a bar where there is a screen
         _check_parts(model, dls, loss_func, opt_func, lr)
         self.model, self.dls, self.loss_func, self.opt_func = model, tuple(dls), loss_func, opt_func
-        self.lr, self.progress, self.results = lr, progress, {}  # of the last epoch, name -> number
+        self.lr, self.progress = lr, progress
+        self.results = {}  # of the last epoch, name -> number
         self.metrics, cbs = metrics if type(metrics) is dict else as_list(metrics), as_list(cbs)
         self.cbs = [cb() for cb in self.default_cbs if not any(isinstance(c, cb) for c in cbs)] + cbs
 
@@ -159,33 +181,6 @@ def _check_lr(lr):
     if isinstance(lr, (int, float, Tensor)) and not 0 <= float(lr) < math.inf:
         raise ValueError(f'expected a learning rate of at least 0, got {lr}')
 
-# %% ../nbs/10_learner.ipynb #100384
-@patch
-def predict(self:Learner,
-            *inputs): # for the model; none: the running batch
-    "The step: predictions for the batch, in `pred`. With inputs: their predictions, see `predict_inputs`."
-    if inputs: return self.predict_inputs(*inputs)
-    self.pred = self.model(*self.xb)
-
-@patch
-def get_loss(self:Learner): self.loss, self.by_loss_func = self.loss_func(self.pred, self.yb), True
-@patch
-def backward(self:Learner): self.loss.backward()
-@patch
-def step(self:Learner): self.opt.step(self.closure) if self.asks_closure else self.opt.step()
-@patch
-def zero_grad(self:Learner): self.opt.zero_grad()
-
-@patch
-def closure(self:Learner) -> Tensor: # the loss
-    "Gradients computed anew, for optimizers that ask for them several times a step."
-    self.zero_grad()
-    self.predict()
-    self.get_loss()
-    self.backward()
-    for f in self._on.after_backward: f(self)
-    return self.loss
-
 # %% ../nbs/10_learner.ipynb #100388
 def _also_for_inputs(step):
     "An overridden step `predict` that gives predictions for inputs, too, as the Learner's does."
@@ -196,60 +191,58 @@ def _also_for_inputs(step):
 
 # %% ../nbs/10_learner.ipynb #100036
 @patch
-def _one_batch(self:Learner):
+def _phase(self:Learner, name, body, cancel, *outer):
     on = self._on
-    try:
-        for f in on.before_batch: f(self)
-        self.predict()
-        for f in on.after_predict: f(self)
-        self.get_loss()
-        for f in on.after_loss: f(self)
-        if self.training:
-            self.backward()
-            for f in on.after_backward: f(self)
-            self.take_step()
-        for f in on.after_batch: f(self)
-    except CancelBatch: pass
-    except BaseException as error:
-        self.failed = not isinstance(error, (CancelEpoch, CancelFit))
-        raise
-    finally:
-        if on.cleanup_batch: self._cleanup(on.cleanup_batch)
-        self.batch = self.pred = self.loss = None
-        self.by_loss_func = False
-
-@patch
-def take_step(self:Learner):
-    "Make the step that the gradients ask for, forget them, and announce `after_step`."
-    self.step()
-    self.zero_grad()
-    for f in self._on.after_step: f(self)
-
-# %% ../nbs/10_learner.ipynb #100037
-@patch
-def _cleanup(self:Learner, listeners):
-    with ExitStack() as stack:  # calls the last one first, and all of them
-        for f in listeners: stack.callback(f, self)
-
-@patch
-def _phase(self:Learner, name, body, cancel):
-    on = vars(self._on)
     try:
         for f in on[f'before_{name}']: f(self)
         body()
         for f in on[f'after_{name}']: f(self)
     except cancel: pass
     except BaseException as error:
-        self.failed = name == 'fit' or not isinstance(error, CancelFit)
+        self.failed = not isinstance(error, outer)
         raise
-    finally: self._cleanup(on[f'cleanup_{name}'])
+    finally:
+        with ExitStack() as stack:  # calls the last one first, and all of them
+            for f in on[f'cleanup_{name}']: stack.callback(f, self)
+
+@patch
+def _one_batch(self:Learner):
+    on = self._on
+    self.predict()
+    for f in on['after_predict']: f(self)
+    self.get_loss()
+    for f in on['after_loss']: f(self)
+    if not self.training: return
+    self.backward()
+    for f in on['after_backward']: f(self)
+    self.take_step()
+
+# %% ../nbs/10_learner.ipynb #100602
+@patch
+def take_step(self:Learner):
+    "Make the step that the gradients ask for, forget them, and announce `after_step`."
+    self.step()
+    self.zero_grad()
+    for f in self._on['after_step']: f(self)
+
+@patch
+def closure(self:Learner) -> Tensor: # the loss
+    "Gradients computed anew, for optimizers that ask for them several times a step."
+    self.zero_grad()
+    self.predict()
+    self.get_loss()
+    self.backward()
+    for f in self._on['after_backward']: f(self)
+    return self.loss
 
 # %% ../nbs/10_learner.ipynb #100038
 @patch
 def _epochs(self:Learner):
-    epochs = itertools.count(self.epoch)  # a callback may change the number, and where to begin
-    for self.epoch in itertools.takewhile(lambda epoch: epoch < self.n_epochs, epochs):
-        self._phase('epoch', self._one_epoch, CancelEpoch)
+    epoch = self.epoch  # a callback may have changed where to begin
+    while epoch < self.n_epochs:
+        self.epoch = epoch
+        self._phase('epoch', self._one_epoch, CancelEpoch, CancelFit)
+        epoch += 1
     late = self.adopt()
     if late: warnings.warn(f'{", ".join(late[:3])} came during the last epoch, and was not trained yet')
 
@@ -272,7 +265,9 @@ def _one_pass(self:Learner, dl, training):
         stack.enter_context(torch.set_grad_enabled(training))
         for cb in self.running:
             if hasattr(cb, 'around_pass'): stack.enter_context(cb.around_pass(self))
-        for self.iter, self.batch in enumerate(dl, start): self._one_batch()
+        for self.iter, self.batch in enumerate(dl, start):
+            try: self._phase('batch', self._one_batch, CancelBatch, CancelEpoch, CancelFit)
+            finally: self.batch, self.pred, self.loss, self.by_loss_func = None, None, None, False
     if self.iter < 0:
         raise ValueError(f'expected batches to {"train" if training else "validate"} on, got none: '
                          'too few rows for drop_last, or a generator that is used up?')
@@ -290,7 +285,6 @@ def create_opt(self:Learner):
     if hasattr(maker, 'split_params'): params = maker.split_params(*self.modules)
     else: params = [*_params(self).values()]
     self.opt = self.opt_func(params, lr=_as_it_is(self.lr))
-    _check_opt(self.opt)
     self._made = _Made(self, by_default=True)
 
 def _params(learn):
@@ -306,12 +300,13 @@ def _check_opt(opt):
     "Raise unless an optimizer has groups of parameters with rates that make sense."
     if not hasattr(opt, 'param_groups'):
         raise TypeError(f'expected an optimizer as in torch.optim, got {type(opt).__name__}')
-    for lr in [group.get('lr') for group in opt.param_groups]: _check_lr(lr)
+    for group in opt.param_groups: _check_lr(group.get('lr'))
 
 # %% ../nbs/10_learner.ipynb #100203
 class _Made:
     "What an optimizer was made of."
     def __init__(self, learn, by_default=False):
+        _check_opt(learn.opt)
         self.opt, self.opt_func, self.lr = learn.opt, learn.opt_func, _as_it_is(learn.lr)
         self.by_default = by_default
         self.rates = [float(g['lr']) if g.get('lr') is not None else None for g in learn.opt.param_groups]
@@ -321,16 +316,20 @@ class _Made:
 def _owned(opt): return {id(p) for group in opt.param_groups for p in group['params']}
 
 @patch
+def _set_rates(self:Learner, rates):
+    for group, rate in zip(self.opt.param_groups, rates): group['lr'] = rate
+
+@patch
 def _new_lr(self:Learner, made):
     "Use a changed `lr`, in proportion, where the rates are as they were made; say so where they are not."
     _check_lr(self.lr)
-    groups, old, new = self.opt.param_groups, float(made.lr), float(self.lr)
-    rates = [float(group['lr']) for group in groups]
+    old, new = float(made.lr), float(self.lr)
+    rates = [float(group['lr']) for group in self.opt.param_groups]
     if rates != made.rates:
         return warnings.warn(f'lr is {new:g} now, but something else has changed the rates of the optimizer: '
                              f'it goes on with {rates}; give fit an lr, or reset_opt=True')
     made.rates = [new if rate == old else rate*new/old for rate in made.rates]
-    for group, rate in zip(groups, made.rates): group['lr'] = rate
+    self._set_rates(made.rates)
     made.lr = _as_it_is(self.lr)
 
 # %% ../nbs/10_learner.ipynb #100396
@@ -342,7 +341,6 @@ def ready_opt(self:Learner,
     if made and made.opt is not self.opt: made = None
     if self.opt is None or reset or made and made.opt_func is not self.opt_func:
         self.create_opt()
-        _check_opt(self.opt)
         if self._made is None or self._made.opt is not self.opt: self._made = _Made(self)
     elif made and made.lr != self.lr: self._new_lr(made)
     _check_opt(self.opt)
@@ -359,18 +357,15 @@ def adopt(self:Learner) -> list: # the names of the new ones
     new = {i: p for i, p in params.items() if p.requires_grad and i not in known}
     if not new: return []
     names = [name for m in self.modules for name, p in m.named_parameters() if id(p) in new]
-    if not made or made.opt is not self.opt or not made.by_default: return self._tell(names)
+    if not made or made.opt is not self.opt or not made.by_default:
+        if names != self._told:
+            warnings.warn(f'the optimizer was made elsewhere, and does not train {", ".join(names[:3])}'
+                          f'{" and others" if len(names) > 3 else ""}: reset_opt=True makes one that does')
+        self._told = names
+        return []
     if _owned(self.opt) & params.keys(): self._take_in(new, params)
     else: self._start_anew()
     return names
-
-@patch
-def _tell(self:Learner, names):
-    if names != self._told:
-        warnings.warn(f'the optimizer was made elsewhere, and does not train {", ".join(names[:3])}'
-                      f'{" and others" if len(names) > 3 else ""}: reset_opt=True makes one that does')
-    self._told = names
-    return []
 
 @patch
 def _start_anew(self:Learner):
@@ -384,16 +379,18 @@ def _start_anew(self:Learner):
 @patch
 def _take_in(self:Learner, new, params):
     "Put new parameters in the group that others have left, or the last one, in the order of a new optimizer."
-    groups, made = self.opt.param_groups, self._made
-    gone = {id(p): p for p in made.given if id(p) not in params}
-    left = [group for group in groups if any(id(p) in gone for p in group['params'])]
-    for group in groups: group['params'][:] = [p for p in group['params'] if id(p) not in gone]
-    for p in gone.values(): self.opt.state.pop(p, None)
-    place = {i: n for n, i in enumerate(params)}
-    group = left[0] if len(left) == 1 else groups[-1]
-    group['params'] += new.values()
-    group['params'].sort(key=lambda p: place.get(id(p), -1))
-    made.given = [*params.values()]
+    groups, state = self.opt.param_groups, self.opt.state
+    gone = {id(p) for p in self._made.given} - params.keys()
+    losing = [group for group in groups if any(id(p) in gone for p in group['params'])]
+    taking = losing[0] if len(losing) == 1 else groups[-1]
+    for group in groups:
+        for p in group['params']:
+            if id(p) in gone: state.pop(p, None)
+        group['params'][:] = [p for p in group['params'] if id(p) not in gone]
+    of_no_module = [p for p in taking['params'] if id(p) not in params]
+    wanted = new.keys() | {id(p) for p in taking['params']}
+    taking['params'][:] = of_no_module + [p for i, p in params.items() if i in wanted]
+    self._made.given = [*params.values()]
 
 def load_opt_state(opt, # torch.optim.Optimizer
                    state:dict): # from its `state_dict`, or that of another with the same groups
@@ -411,55 +408,47 @@ def rates(self:Learner,
     """Learning rates for the optimizer's groups: `slice(lo, hi)` rises by the same factor from the first to
     the last, `slice(hi)` gives hi to the last and hi/10 to the others. Raises `ValueError` for others."""
     groups = self.opt.param_groups
-    n = len(groups)
     if lr is None: return [group['lr'] for group in groups]
-    if isinstance(lr, slice): lr = _spread(lr, n)
-    rates = list(lr) if isinstance(lr, (tuple, list)) else [lr]*n
-    if len(rates) != n: raise ValueError(f'expected {n} learning rates, one a group, got {len(rates)}')
+    if isinstance(lr, slice): lr = _spread(lr, len(groups))
+    rates = list(lr) if isinstance(lr, (tuple, list)) else [lr]*len(groups)
+    if len(rates) != len(groups):
+        raise ValueError(f'expected {len(groups)} learning rates, one a group, got {len(rates)}')
     for rate in rates:
-        try: fine = 0 < float(rate) < math.inf and not isinstance(rate, (str, bool))
-        except (TypeError, ValueError, RuntimeError): fine = False
-        if not fine: raise ValueError(f'expected learning rates above 0, got {rate!r}')
+        if not _is_rate(rate): raise ValueError(f'expected learning rates above 0, got {rate!r}')
     return [float(rate) for rate in rates]
+
+def _is_rate(value):
+    try: return 0 < float(value) < math.inf and not isinstance(value, (str, bool))
+    except (TypeError, ValueError, RuntimeError): return False
 
 def _spread(lr, n):
     "The rates that a slice means for `n` groups."
     lo, hi = lr.start, lr.stop
-    if not all(v is None or isinstance(v, (int, float)) for v in (lo, hi)):
-        raise ValueError(f'expected numbers in a slice, got {lr}')
-    if hi is None or lr.step is not None or lo is not None and not (lo > 0 and hi > 0):
-        raise ValueError(f'expected slice(hi) or slice(lo, hi) with rates above 0, got {lr}')
+    if lr.step is not None or not _is_rate(hi) or lo is not None and not _is_rate(lo):
+        raise ValueError(f'expected numbers in a slice, slice(hi) or slice(lo, hi), above 0, got {lr}')
     if n == 1: return [hi]
-    return [hi/10]*(n - 1) + [hi] if lo is None else [lo*(hi/lo)**(i/(n - 1)) for i in range(n)]
+    if lo is None: return [hi/10]*(n - 1) + [hi]
+    return [lo*(hi/lo)**(i/(n - 1)) for i in range(n)]
 
 # %% ../nbs/10_learner.ipynb #100041
-_STATE = ('_on', 'running', 'training', 'iter', 'n_iter', 'epoch', 'n_epochs', 'max_batches', 'batch', 'pred',
-          'loss', 'by_loss_func', 'depth', 'fitting', 'failed', '_plain')
+_STATE = ('running', 'depth', 'fitting', 'failed', 'training', 'iter', 'n_iter', 'epoch', 'n_epochs',
+          'max_batches', 'batch', 'pred', 'loss', 'by_loss_func', '_on', '_own_steps', *STEPS)
 
 @patch
 def _remember(self:Learner):
     "A function that puts back what a fit or a pass changes: Learner, modules, and a fit around it."
-    before = {k: getattr(self, k, None) for k in _STATE}
-    if self.depth: before |= {k: vars(self)[k] for k in ('results', 'recorder') if k in vars(self)}
+    names = _STATE + ('results', 'recorder') if self.depth else _STATE
+    before = {k: v for k, v in vars(self).items() if k in names}
     outer = [(cb, vars(cb).copy()) for cb in self.running]
     modes = [(m, m.training) for part in self.modules for m in part.modules()]
-    steps = self._replaced_steps()
     def put_back():
+        for k in names: vars(self).pop(k, None)
         vars(self).update(before)
-        self._set_steps(steps)
         for cb, values in outer:
             vars(cb).clear()
             vars(cb).update(values)
         for m, mode in modes: m.training = mode
     return put_back
-
-@patch
-def _replaced_steps(self:Learner): return {k: vars(self)[k] for k in STEPS if k in vars(self)}
-
-@patch
-def _set_steps(self:Learner, steps):
-    for name in STEPS: vars(self).pop(name, None)
-    vars(self).update(steps)
 
 # %% ../nbs/10_learner.ipynb #100040
 def _holds_tensor(value):
@@ -491,13 +480,15 @@ def nested(self:Learner,
     cbs = tuple(sorted(map(_checked, cbs), key=lambda cb: cb.order))
     if self.depth == 10:
         raise RecursionError('expected fits within each other 10 deep at most: does a callback validate?')
-    put_back, plain = self._remember(), self._replaced_steps()
-    torch.clear_autocast_cache()  # within a batch, weights may be kept there in 16 bits
-    if not self.depth: self._plain = plain
-    elif fitting: self._set_steps(self._plain)
+    put_back = self._remember()
+    torch.clear_autocast_cache()
+    if not self.depth: self._own_steps = {k: v for k, v in vars(self).items() if k in STEPS}
+    elif fitting:
+        for k in STEPS: vars(self).pop(k, None)
+        vars(self).update(self._own_steps)
     self.running, self.depth, self.fitting = cbs, self.depth + 1, fitting
     self.failed, self.max_batches = False, None
-    self._on = SimpleNamespace(**{e: tuple(getattr(cb, e) for cb in cbs if hasattr(cb, e)) for e in EVENTS})
+    self._on = {e: [getattr(cb, e) for cb in cbs if hasattr(cb, e)] for e in EVENTS}
     try: yield
     except BaseException as error:
         if not (_may_be_looked_at(error) if self.debug is None else self.debug): _let_go(error)
@@ -536,11 +527,6 @@ def fit(self:Learner,
         for p, grad in kept: p.grad = grad
 
 @patch
-def _set_rates(self:Learner, rates):
-    for group, rate in zip(self.opt.param_groups, rates): group['lr'] = rate
-
-# %% ../nbs/10_learner.ipynb #100409
-@patch
 def _with(self:Learner, cbs):
     "The Learner's callbacks and more of them, each once, defaults replaced by those of their class."
     new = [cb for cb in as_list(cbs) if not any(cb is own for own in self.cbs)]
@@ -549,17 +535,22 @@ def _with(self:Learner, cbs):
 
 # %% ../nbs/10_learner.ipynb #100207
 @patch
+def _weigh(self:Learner):
+    "The function that weighs the loss of the running batch; None: it is a mean over the rows."
+    if self._weigher[0] is not self.loss_func: self._weigher = self.loss_func, weigher(self.loss_func)
+    return self._weigher[1] if self.by_loss_func else None
+
+@patch
 def loss_weight(self:Learner): # a number, or a 0-d Tensor
     "Over how much the loss of the batch is a mean: what `weigher` says of the loss function, else the rows."
-    if self._weigher[0] is not self.loss_func: self._weigher = self.loss_func, weigher(self.loss_func)
-    weigh = self._weigher[1]
-    weight = weigh(self.pred, self.yb) if weigh and self.by_loss_func else None
+    weigh = self._weigh()
+    weight = weigh(self.pred, self.yb) if weigh else None
     return self.n_rows() if weight is None else weight
 
 @patch
 def weight_later(self:Learner): # as `loss_weight`, or what it is to be counted from
     "The weight of the batch, for a `Metric`."
-    weigh = self._weigher[1] if self._weigher[0] is self.loss_func and self.by_loss_func else None
+    weigh = self._weigh()
     later = weigh.later(self.yb) if hasattr(weigh, 'later') else None
     return self.loss_weight() if later is None else later
 
@@ -571,9 +562,8 @@ class Loss(Metric):
     "The loss that the Learner computes, however it does that."
     def __init__(self, name='loss'): super().__init__(None, name)
     def accumulate(self, learn):
-        n = learn.weight_later()
-        if is_sum(learn.loss_func) and learn.by_loss_func: self.add(learn.loss/n, n)
-        else: self.add(learn.loss, n)
+        n, summed = learn.weight_later(), learn.by_loss_func and is_sum(learn.loss_func)
+        self.add(learn.loss/n if summed else learn.loss, n)
 
 # %% ../nbs/10_learner.ipynb #100071
 class Metrics(Callback):
@@ -610,17 +600,14 @@ class Metrics(Callback):
 @patch
 def after_loss(self:Metrics, learn):
     loss, *others = self.sets[learn.training]
-    if others: self.measure(learn, others)
-    loss.accumulate(learn)
-    if learn.training not in self.probed: self.probe(learn)
-
-@patch
-@torch.no_grad()
-def measure(self:Metrics, learn, metrics):
     first = learn.training not in self.probed
-    for m in metrics:
-        if hasattr(m, 'accumulate'): m.accumulate(learn)
-        else: (m.to(device_of(learn.pred)) if first and hasattr(m, 'to') else m).update(learn.pred, learn.yb)
+    with torch.no_grad():
+        for m in others:
+            if first and hasattr(m, 'to'): m.to(device_of(learn.pred))
+            if hasattr(m, 'accumulate'): m.accumulate(learn)
+            else: m.update(learn.pred, learn.yb)
+    loss.accumulate(learn)
+    if first: self.probe(learn)
 
 @patch
 def probe(self:Metrics, learn):
@@ -641,8 +628,9 @@ def _first_value(metric):
 def read(self:Metrics) -> dict: # name -> number
     "What was measured so far, in one transfer from the device."
     values = {}
-    for training, metrics in self.sets.items():
-        for m in metrics if metrics[0].begun else (): values |= _columns(m, m.compute(), training)
+    for training, (loss, *others) in self.sets.items():
+        if not loss.begun: continue
+        for m in (loss, *others): values |= _columns(m, m.compute(), training)
     if not values: return {}
     device = next((v.device for v in values.values() if v.device.type != 'cpu'), torch.device('cpu'))
     return dict(zip(values, torch.stack([v.to(device) for v in values.values()]).tolist()))
@@ -661,7 +649,9 @@ def _columns(metric, value, training):
     return {f'{_prefix(metric, training)}{k}': as_number(v, k).detach() for k, v in found.items()}
 
 # %% ../nbs/10_learner.ipynb #100425
-def _prefix(metric, training): return 'train_' if training else 'valid_' if isinstance(metric, Loss) else ''
+def _prefix(metric, training):
+    if training: return 'train_'
+    return 'valid_' if isinstance(metric, Loss) else ''
 
 def _metrics_of(metrics):
     "Metric objects from functions and objects, or a dict of them by name; raises `TypeError` for others."
@@ -684,10 +674,10 @@ def _is_plain(value):
 @patch
 def state_dict(self:Metrics) -> dict: # for training (True) and validation (False), one dict a metric
     "Sums and counts so far."
-    def plain(value): return value.item() if isinstance(value, np.generic) else value
     def state(metric):
         if isinstance(metric, Metric): metric.count_pending()
-        return {k: plain(v) for k, v in vars(metric).items() if _is_plain(plain(v))}
+        values = {k: v.item() if isinstance(v, np.generic) else v for k, v in vars(metric).items()}
+        return {k: v for k, v in values.items() if _is_plain(v)}
     return {training: [state(m) for m in metrics] for training, metrics in self.sets.items()}
 
 @patch
@@ -726,10 +716,10 @@ class Recorder(Callback):
         "All training losses of the fit."
         return self._joined().cpu()
 
-# %% ../nbs/10_learner.ipynb #100428
 def get_momentum(group): # of an optimizer's `param_groups`
     "The momentum of a parameter group: its own entry, or the first of its betas; 0 if there is none."
-    return group['momentum'] if 'momentum' in group else group['betas'][0] if 'betas' in group else 0
+    if 'momentum' in group: return group['momentum']
+    return group['betas'][0] if 'betas' in group else 0
 
 Learner.default_cbs += (Recorder,)
 
@@ -739,6 +729,7 @@ def plot_loss(self:Recorder,
               ax=None): # matplotlib axes; None: a new figure
     "Draw the training loss, averaged over a hundredth of the fit, and the validation losses."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
     if ax is None: ax = plt.subplots(figsize=(6, 2.8))[1]
     losses, k = self.losses, max(1, len(self.losses)//100)
     n = len(losses)//k
@@ -746,10 +737,14 @@ def plot_loss(self:Recorder,
     valid = [row.get('valid_loss', math.nan) for row in self.epochs]
     ax.plot([len(losses)*(i + 1)/len(valid) for i in range(len(valid))], valid, 'o-', label='validation')
     ax.set(xlabel='batch', ylabel='loss')
-    if len(losses) and losses.min() > 0: ax.set(yscale='log', ylabel='loss (log scale)')
+    if len(losses) and losses.min() > 0:
+        ax.set(yscale='log', ylabel='loss (log scale)')
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}')
+        ax.minorticks_off()
     ax.legend()
     return ax
 
+# %% ../nbs/10_learner.ipynb #100607
 @patch
 def plot_lr(self:Recorder,
             ax=None): # matplotlib axes; None: a new figure
@@ -806,9 +801,9 @@ class StopOnNaN(Callback):
     def check(self, learn):
         seen, self.seen = self.seen, []
         if not seen: return
-        bad = torch.stack([loss for _, _, loss in seen]).isfinite().logical_not().tolist()
-        if True not in bad: return
-        i, lr, loss = seen[bad.index(True)]
+        finite = torch.stack([loss for _, _, loss in seen]).isfinite().tolist()
+        if all(finite): return
+        i, lr, loss = seen[finite.index(False)]
         raise FloatingPointError(f'expected a finite loss, got {loss.item()} at epoch {learn.epoch}, '
                                  f'batch {i}, lr {float(lr):.3g}')
 
@@ -817,7 +812,6 @@ Learner.default_cbs += (StopOnNaN,)
 # %% ../nbs/10_learner.ipynb #100089
 class _Lines:
     "A line an epoch, for files and pipes."
-    live = False
     def __init__(self): self.rows = []
     def close(self): pass
 
@@ -827,16 +821,18 @@ class _Lines:
 
     def table(self):
         "Heading and rows, each a list of strings, as wide as their columns."
-        names = {k: 5 if k == 'epoch' else max(len(k), 6) for row in self.rows for k in row}
-        cells = [{k: f'{v:.1f}' if k == 'seconds' else f'{v:.4f}' if isinstance(v, float) else str(v)
-                  for k, v in row.items()} for row in self.rows]
-        rows = [dict(zip(names, names)), *cells]
-        return [[row.get(k, '').rjust(w) for k, w in names.items()] for row in rows]
+        def cell(row, name):
+            value = row.get(name, '')
+            digits = 1 if name == 'seconds' else 4
+            return f'{value:.{digits}f}' if isinstance(value, float) else str(value)
+        widths = {k: 5 if k == 'epoch' else max(len(k), 6) for row in self.rows for k in row}
+        heading = {k: k for k in widths}
+        return [[cell(row, k).rjust(width) for k, width in widths.items()] for row in [heading, *self.rows]]
 
 # %% ../nbs/10_learner.ipynb #100432
 class _Bar(_Lines):
     "Lines, and under them tqdm's bar for the epoch that is running, for a terminal."
-    live, bar = True, None
+    bar = None
     def update(self, learn):
         if self.bar is None or self.bar.n > learn.iter:
             self.close()
@@ -855,12 +851,11 @@ class _Bar(_Lines):
 # %% ../nbs/10_learner.ipynb #100090
 class _Table(_Lines):
     "A table that grows in place, and under it a bar while an epoch is running, for a notebook."
-    live, handle = True, None
+    handle = None
     def update(self, learn):
-        done, total = learn.iter + 1, learn.n_iter
-        bar = f'<progress value="{done}" max="{total}"></progress> ' if total else ''
-        of = f' of {total}' if total else ''
-        self.draw(f'{bar}epoch {learn.epoch}, batch {done}{of}, loss {learn.loss.item():.4f}')
+        done, total, bar = learn.iter + 1, learn.n_iter, ''
+        if total: bar, done = f'<progress value="{done}" max="{total}"></progress> ', f'{done} of {total}'
+        self.draw(f'{bar}epoch {learn.epoch}, batch {done}, loss {learn.loss.item():.4f}')
 
     def row(self, row):
         self.rows.append(row)
@@ -871,10 +866,11 @@ class _Table(_Lines):
 
     def draw(self, bar=''):
         from IPython.display import display
-        lines = self.table() if self.rows else []
-        rows = [''.join(f'<{tag}>{html.escape(cell.strip())}</{tag}>' for cell in line)
-                for tag, line in zip(['th'] + ['td']*len(lines), lines)]
-        table = '<table>' + ''.join(f'<tr>{row}</tr>' for row in rows) + '</table>' if rows else ''
+        lines, table = self.table() if self.rows else [], ''
+        for line in lines:
+            tag = 'td' if table else 'th'
+            table += '<tr>' + ''.join(f'<{tag}>{html.escape(v.strip())}</{tag}>' for v in line) + '</tr>'
+        if table: table = f'<table>{table}</table>'
         data = {'text/html': table + bar, 'text/plain': '\n'.join('  '.join(line) for line in lines)}
         if self.handle is None: self.handle = display(data, raw=True, display_id=True)
         else: self.handle.update(data, raw=True)
@@ -890,7 +886,7 @@ class Progress(Callback):
 
     def before_fit(self, learn):
         self.screen = None if learn.depth > 1 else self.find_screen(learn.progress)  # one table at a time
-        if self.screen and self.screen.live: self.next = time.perf_counter() + self.every
+        if hasattr(self.screen, 'update'): self.next = time.perf_counter() + self.every
 
     def find_screen(self, progress):
         if not progress: return None
@@ -934,8 +930,7 @@ def validate(self:Learner,
     "Loss and metrics in evaluation mode, without gradients; raises `ValueError` without data."
     dl, metrics = self.loader(dl), Metrics()
     metrics.begin(self, apart=self.depth > 0)
-    cbs = [cb for cb in self._for_passes() if not isinstance(cb, Metrics)]
-    with self.nested(cbs + [metrics]), suppress(CancelEpoch, CancelFit): self._one_pass(dl, training=False)
+    self._pass_for(metrics, dl)
     return metrics.read()
 
 @patch
@@ -948,9 +943,11 @@ def loader(self:Learner,
     return DataLoader(dl, bs) if isinstance(dl, (Dataset, torch.utils.data.Dataset)) else dl
 
 @patch
-def _for_passes(self:Learner):
-    "The callbacks that take part in a pass outside of a fit, or within one."
-    return self.cbs + [cb for cb in self.running if cb.everywhere and not any(cb is own for own in self.cbs)]
+def _pass_for(self:Learner, cb, dl):
+    "A pass without training, outside of a fit or within one, with one more callback."
+    more = [c for c in self.running if c.everywhere and not any(c is own for own in self.cbs)]
+    cbs = [c for c in self.cbs + more if not isinstance(c, Metrics)]
+    with self.nested([*cbs, cb]), suppress(CancelEpoch, CancelFit): self._one_pass(dl, training=False)
 
 # %% ../nbs/10_learner.ipynb #100209
 class _Collect(Callback):
@@ -969,22 +966,20 @@ def get_preds(self:Learner,
               bs:int=512, # rows at a time, for a Tensor
              ) -> tuple: # predictions and targets, (n, ...), in the form of the batches; None for no targets
     "Predictions in evaluation mode, in the order of the data; half precision comes as float32."
-    dl = self.loader(dl, whole_number(bs, 'bs'))
-    if isinstance(dl, Tensor):
-        if own_batches(self):
-            raise TypeError('expected batches as this Learner takes them, got a Tensor: see predict')
-        dl = dl.split(bs)
+    dl, own = self.loader(dl, whole_number(bs, 'bs')), own_batches(self)
+    if isinstance(dl, Tensor) and own:
+        raise TypeError('expected batches as this Learner takes them, got a Tensor: see predict')
+    if isinstance(dl, Tensor): dl = dl.split(bs)
     collect = _Collect()
-    with self.nested(self._for_passes() + [collect]), suppress(CancelEpoch, CancelFit):
-        self._one_pass(_Targeted(dl, self), training=False)
+    self._pass_for(collect, dl if own else _Targeted(dl))
     return join_nests(collect.preds, 'predictions'), join_nests(collect.targets, 'targets')
 
 # %% ../nbs/10_learner.ipynb #100440
 class _Targeted:
     "The batches of a loader, with None as the target of those that are inputs alone."
-    def __init__(self, dl, learn): self.dl, self.as_is = dl, own_batches(learn)
+    def __init__(self, dl): self.dl = dl
     def __len__(self): return len(self.dl)
-    def __iter__(self): return iter(self.dl) if self.as_is else map(self.with_target, self.dl)
+    def __iter__(self): return map(self.with_target, self.dl)
 
     def with_target(self, batch):
         if isinstance(batch, Tensor): return batch, None
@@ -1003,7 +998,7 @@ def predict_inputs(self:Learner,
     if own and len(inputs) > 1:
         raise TypeError(f'expected one batch as this Learner takes them, got {len(inputs)} inputs')
     collect, batch = _Collect(), inputs[0] if own else (*map(_as_input, inputs), None)
-    with self.nested(self._for_passes() + [collect]): self._one_pass([batch], training=False)
+    self._pass_for(collect, [batch])
     return collect.preds[0]
 
 def _as_input(value):
@@ -1021,7 +1016,7 @@ def freeze_to(self:Learner,
     parts = _parts(self.model)
     if not isinstance(n, int) or not -len(parts) <= n < len(parts):
         raise ValueError(f'expected at least one of {len(parts)} parts to train, got freeze_to({n!r})')
-    trained = {id(p) for part in parts[n if n >= 0 else len(parts) + n:] for p in part.parameters()}
+    trained = {id(p) for part in parts[n:] for p in part.parameters()}
     for p in self.model.parameters():
         if p.is_floating_point() or p.is_complex(): p.requires_grad_(n == 0 or id(p) in trained)
 

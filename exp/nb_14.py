@@ -43,15 +43,19 @@ SCHEDULES = {  # name -> function (learning rate) -> function of progress
     'one_cycle': lambda lr: sched_one_cycle(lr/25, lr, lr/1e5), 'wsd': lambda lr: sched_wsd(lr/25, lr, 0.)}
 
 # %% ../nbs/14_experiments.ipynb #140088
-def _print_table(rows):
-    "Rows, dicts of the same keys, under a heading; nothing for None."
-    def text(v): return '' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v)
-    cells = [[*rows[0]]] + [[*map(text, row.values())] for row in rows]
+def _print_table(rows, names=None):
+    "Rows, which are dicts, under a heading: all that is in them, or these names; nothing for None."
+    names = names or [*rows[0]]
+    cells = [names] + [[_text(row[name]) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    for line in cells: say('  '.join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip())
+    for line in cells: say('  '.join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+def _text(value):
+    if value is None: return ''
+    return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 # %% ../nbs/14_experiments.ipynb #140011
-def _option(default, help, words='', allowed=None, choices=()):
+def _option(default, help, words='', allowed=lambda value: True, choices=()):
     "A field of `Settings`; `words` say which values `allowed(value)` accepts."
     return field(default=default, metadata=dict(help=help, words=words, allowed=allowed, choices=choices))
 
@@ -73,7 +77,6 @@ class Settings:
     name:str = _option(None, 'what the run is called, by default dataset-model-opt')
     tensorboard:bool = _option(False, 'write for TensorBoard, too')
     here:InitVar[bool] = True  # whether to check as well what this machine has
-
     def __post_init__(self, here): _check_settings(self, here)
 
 # %% ../nbs/14_experiments.ipynb #140095
@@ -93,8 +96,8 @@ def _checked(f, value):
     kind, words = _KINDS[f.type]
     if not isinstance(value, kind) or f.type is not bool and isinstance(value, bool):
         raise ValueError(f'expected --{f.name} to be {words}, got {value!r}')
-    value, allowed = f.type(value), f.metadata['allowed']
-    if allowed and not allowed(value):
+    value = f.type(value)
+    if not f.metadata['allowed'](value):
         raise ValueError(f'expected --{f.name} {f.metadata["words"]}, got {value}')
     return value
 
@@ -115,18 +118,15 @@ def _check_choices(settings):
 
 def _device(name):
     if name == 'auto': return default_device()
-    try: device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError): device = None
-    if device is None or device.type == 'meta':  # meta has shapes, and nothing in them
-        raise ValueError(f'expected --device cpu, or one that is there, got {name!r}')
-    return device
+    with suppress(RuntimeError, AssertionError, NotImplementedError, ImportError):
+        device = torch.empty(0, device=name).device
+        if device.type != 'meta': return device  # meta has shapes, and nothing in them
+    raise ValueError(f'expected --device cpu, or one that is there, got {name!r}')
 
 def _check_name(name):
     "Raise `ValueError` unless every system can have a folder of that name."
-    if not name or '/' in name or '\\' in name:
-        raise ValueError(f'expected --name without a folder, got {name!r}')
-    if name[-1] in ' .' or any(c in '<>:"|?*' or ord(c) < 32 for c in name):
-        raise ValueError(f'expected --name without <>:"|?* or . at its end, for all systems, got {name!r}')
+    if not name or name[-1] in ' .' or any(c in '/\\<>:"|?*' or ord(c) < 32 for c in name):
+        raise ValueError(f'expected --name without <>:"|?* or . at its end, without a folder, got {name!r}')
 
 # %% ../nbs/14_experiments.ipynb #140015
 def make_learner(settings:Settings) -> Learner:
@@ -137,12 +137,12 @@ def make_learner(settings:Settings) -> Learner:
     _check_data('training', x, y, settings)
     _check_data('validation', x_valid, y_valid, settings)
     set_seed(settings.seed)
-    learn = _learner(settings, x.shape[1], device)
+    learn = _learner(settings, x.shape[1])
     learn.dls = get_dls(Dataset(x, y), Dataset(x_valid, y_valid), settings.bs, settings.seed)
     return learn
 
-def _learner(settings, n_in, device): # without data
-    model = MODELS[settings.model](n_in, settings.hidden, 10).to(device)
+def _learner(settings, n_in): # without data
+    model = MODELS[settings.model](n_in, settings.hidden, 10).to(_device(settings.device))
     opt_func = OPTIMIZERS[settings.opt][0]
     return Learner(model, (None, None), opt_func=opt_func, lr=settings.lr, metrics=accuracy)
 
@@ -153,17 +153,17 @@ def _check_data(name, x, y, settings, n_in=None): # n_in: pixels that the model 
     if n_in not in (None, pixels):
         raise ValueError(f'{place}: expected {name} images of {n_in} pixels, as for training, found {pixels}')
     if not set(labels) <= {*range(10)}:
-        found = f'{min(labels)} to {max(labels)}'
-        raise ValueError(f'{place}: expected {name} labels from 0 to 9, found {found}')
+        raise ValueError(f'{place}: expected {name} labels from 0 to 9, found {min(labels)} to {max(labels)}')
 
 # %% ../nbs/14_experiments.ipynb #140019
 RUN_FORMAT = 'exp run, 1'
 
 def _new_folder(name, parent):
-    parent, stamp = Path(parent).expanduser(), time.strftime('%Y%m%d-%H%M%S')
+    parent = Path(parent).expanduser()
+    name = f'{time.strftime("%Y%m%d-%H%M%S")}-{name}'
     parent.mkdir(parents=True, exist_ok=True)
     for i in count(1):
-        folder = parent/(f'{stamp}-{name}' if i == 1 else f'{stamp}-{name}-{i}')
+        folder = parent/(name if i == 1 else f'{name}-{i}')
         with suppress(FileExistsError):
             folder.mkdir()
             return folder
@@ -172,11 +172,11 @@ def _write_json(value, path):
     with atomic_write(path) as file: file.write((json.dumps(value, indent=1) + '\n').encode())
 
 def _begin_run(config, n_in, out): # n_in: pixels of an image; returns the folder
-    "A new folder, with the settings in it and the versions of what computes."
+    "A new folder, with the settings in it, the versions of what computes, and the kind of device."
     folder = _new_folder(config.name, out)
-    versions = dict(exp=exp.__version__, torch=str(torch.__version__), python=platform.python_version(),
-                    system=platform.system(), machine=platform.machine())
-    about = dict(format=RUN_FORMAT, settings=asdict(config), versions=versions, n_in=n_in)
+    made = dict(exp=exp.__version__, torch=str(torch.__version__), python=platform.python_version(),
+                system=platform.system(), machine=platform.machine(), trained_on=_device(config.device).type)
+    about = dict(format=RUN_FORMAT, settings=asdict(config), versions=made, n_in=n_in)
     _write_json(about, folder/'config.json')
     return folder
 
@@ -196,36 +196,14 @@ class _Log(Progress):
         with self.writing('log.txt') as path:
             _append(self.waiting, path)
             self.waiting = ''
-
-    def writing(self, name):
-        return _tell_errors(self.folder/name, '; the training goes on, and it will be tried again')
+    def writing(self, name): return _tell_errors(self.folder/name, '; the training goes on, and tries again')
 
     def after_epoch(self, learn):
         super().after_epoch(learn)
         with self.writing('metrics.csv') as path: learn.recorder.to_csv(path)
         if not self.screen: return
-        new = self.screen.table()[0 if len(self.screen.rows) == 1 else -1:]  # with the heading at first
-        for line in new: self.keep('  '.join(line))
-
-# %% ../nbs/14_experiments.ipynb #140104
-@contextmanager
-def _tell_errors(path, after=''):
-    "What is wrong with a file becomes a line on the screen for errors, if there is one."
-    try: yield path
-    except (ValueError, OSError) as e:
-        text = f'{e.filename or path}: {e.strerror or e}' if isinstance(e, OSError) else e
-        with redirect_stdout(sys.stderr): say(f'{text}{after}')
-
-def _append(text, path):
-    "Add to the end of a file: all of the text, or nothing."
-    data = text.encode('utf-8', 'replace')
-    with path.open('ab', buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        try:
-            if file.write(data) < len(data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            file.truncate(size)
-            raise
+        lines = self.screen.table()  # later only the last, as the heading is there already
+        for line in lines if len(self.screen.rows) == 1 else lines[-1:]: self.keep('  '.join(line))
 
 # %% ../nbs/14_experiments.ipynb #140025
 def _plot_epochs(ax, rows, key, **kwargs):
@@ -240,7 +218,7 @@ def _draw_curves(recorder, axs): # three axes: loss, accuracy, learning rate
     _plot_epochs(acc, recorder.epochs, 'accuracy', color=COLORS['vermillion'])
     acc.set(ylabel='validation accuracy', title=f'Best in epoch {best["epoch"]:.0f}: {best["accuracy"]:.2%}')
     lr.plot(recorder.lrs, color=COLORS['green'])
-    lr.set(xlabel='batch', ylabel='learning rate', title=f'Rate of at most {max(recorder.lrs):.3g}')
+    lr.set(xlabel='batch', ylabel='learning rate', title=f'Learning rate up to {max(recorder.lrs):.3g}')
 
 def _draw_mistakes(model, ds, shape, axs): # shape: rows and columns of an image
     for ax in axs: ax.set_axis_off()
@@ -262,7 +240,7 @@ def _save_pictures(learn, config, folder):
     fig, axs = _figure(1, 3, figsize=(11, 3))
     _draw_curves(learn.recorder, axs)
     _save_figure(fig, folder/'curves.png')
-    fig, axs = _figure(2, 6, figsize=(9, 3.6))
+    fig, axs = _figure(2, 6, figsize=(9, 4))
     fig.suptitle('Most confidently wrong: label as prediction, and how sure the model was')
     ds = learn.dls[1].ds
     _draw_mistakes(learn.model, ds, _image_shape(config, ds.x.shape[1]), axs)
@@ -271,16 +249,14 @@ def _save_pictures(learn, config, folder):
 def _image_shape(config, n):
     "Rows and columns of images of n pixels: as in a file of images, or one row."
     if not config.data_dir: return 28, n//28
-    for path in sorted(Path(config.data_dir).iterdir()):
-        if 'images' not in path.name.lower(): continue
+    for path in sorted(Path(config.data_dir).glob('*images*')):
         with suppress(ValueError, OSError):
             shape = tuple(read_idx(path).shape[1:])
             if math.prod(shape) == n: return shape
     return 1, n
 
 # %% ../nbs/14_experiments.ipynb #140030
-def _run_folders(out): # oldest first
-    return sorted(path.parent for path in Path(out).expanduser().glob('*/config.json'))
+def _run_folders(out): return sorted(path.parent for path in Path(out).expanduser().glob('*/config.json'))
 
 def _find_run(run, out):
     "The folder of a run that is named by its path or its name."
@@ -297,6 +273,9 @@ def _stored_settings(folder, settings):
         raise ValueError(f'expected no settings with --resume, since a run keeps its own; got {[*settings]}')
     config = read_settings(folder)
     _check_here(config)
+    began, now = _versions(folder).get('trained_on'), _device(config.device).type
+    if began not in (None, now):
+        raise ValueError(f'{folder}: expected a device like the one it began on, {began}, found {now}')
     return config
 
 # %% ../nbs/14_experiments.ipynb #140117
@@ -314,6 +293,10 @@ def read_settings(folder) -> Settings: # of a run
         raise ValueError(f'{path}: expected known settings, found {new} as well: made by a newer version?')
     try: return Settings(**settings, here=False)
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
+
+def _versions(folder): # of a run; perhaps none
+    versions = _read_json(folder/'config.json').get('versions')
+    return versions if isinstance(versions, dict) else {}
 
 def _read_json(path):
     try: value = json.loads(path.read_text(encoding='utf-8'))
@@ -339,15 +322,15 @@ def _train(learn, config, folder, test_ds):
 def _finish(learn, config, folder, test_ds, log):
     "Results, pictures, and two last lines: validation accuracy, or test accuracy if that was asked for."
     learn.recorder.to_csv(folder/'metrics.csv')
-    epochs, n = learn.recorder.epochs, len(learn.dls[1].ds)
-    seconds, best = sum(row['seconds'] for row in epochs), max(row['accuracy'] for row in epochs)
-    results, line = dict(seconds=seconds), f'validation accuracy: {best:.2%} of {n:,} images'
-    if test_ds:
+    rows = learn.recorder.epochs
+    results = dict(seconds=sum(row['seconds'] for row in rows), accuracy=max(row['accuracy'] for row in rows))
+    line = f'validation accuracy: {results["accuracy"]:.2%} of {len(learn.dls[1].ds):,} images'
+    if test_ds:  # SaveBest has put the best weights back
         results['test_accuracy'] = learn.validate(test_ds)['accuracy']
         line = f'test accuracy: {results["test_accuracy"]:.2%} of {len(test_ds):,} images'
     _write_json(results, folder/'results.json')
     _save_pictures(learn, config, folder)
-    log.say(f'{line}, after {seconds:.1f} s')
+    log.say(f'{line}, after {results["seconds"]:.1f} s')
     log.say(f'run: {folder}')
 
 # %% ../nbs/14_experiments.ipynb #140028
@@ -394,14 +377,16 @@ def read_metrics(folder # of a run
     try:
         text = path.read_text(encoding='utf-8')
         if not text.endswith('\n'): raise ValueError(f'a last line that is cut short: {text[-40:]!r}')
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(text.splitlines())]
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(text.splitlines())]
+        if rows and not {'epoch', 'valid_loss', 'accuracy'} <= {*rows[0]}: raise ValueError([*rows[0]])
+        return rows
     except (ValueError, TypeError, csv.Error) as e:  # TypeError: a line of more or fewer fields
         raise ValueError(f'{path}: expected a line of numbers for each epoch, found {e}') from None
 
 # %% ../nbs/14_experiments.ipynb #140060
 def load_run(run, # folder of a run, or its name in `out`
              out:str='runs', # where the folders of runs are
-             device=None, # to put it on; None: where it was trained if that is there, else what is
+             device=None, # to put it on; None: its own device if there is one here, else auto
              data_dir=None, # folder with the four files of the dataset; None: where they were
             ) -> Learner: # with the weights of its best epoch
     "A Learner as the run made it, trained, perhaps on another machine; warns if the data aren't there."
@@ -409,22 +394,21 @@ def load_run(run, # folder of a run, or its name in `out`
     settings, weights = read_settings(folder), folder/'model.safetensors'
     if not weights.is_file():
         raise ValueError(f'{weights}: expected the weights of the best epoch, found none: no epoch yet?')
-    settings.device = _device_or_auto(settings.device) if device is None else str(device)
+    if device is None:
+        with suppress(ValueError): device = _device(settings.device)
+    settings.device = str(device or 'auto')
     if data_dir is not None: settings.data_dir = str(data_dir)
     try: learn = make_learner(settings)
     except OSError as e:
         if data_dir is not None: raise
         warnings.warn(f'{folder}: a Learner without data, which are no longer where they were: {e}')
-        n_in = _read_json(folder/'config.json').get('n_in', 784)
-        learn = _learner(settings, n_in, _device(settings.device))
+        learn = _learner(settings, _read_json(folder/'config.json').get('n_in', 784))
     load_weights(learn.model, weights)
     return learn
 
-def _device_or_auto(device):
-    with suppress(ValueError): return str(_device(device))
-    return 'auto'
-
 # %% ../nbs/14_experiments.ipynb #140044
+_COLUMNS = 'run', 'model', 'opt', 'sched', 'lr', 'epochs', 'valid', 'seconds'
+
 def list_runs(out:str='runs', # where the folders of runs are
              ) -> list: # one dict per run, oldest first: run, settings, results
     "What each run was, and what came out; what can't be read is named on stderr, and hides nothing else."
@@ -434,20 +418,13 @@ def list_runs(out:str='runs', # where the folders of runs are
         with _tell_errors(folder): rows.append(_summary(_find_run(folder, out), _tell_errors))
     return rows
 
-def _summary(folder, careful=nullcontext):
+def _summary(folder, careful=nullcontext):  # careful: what happens to an error in the results
     settings, rows, results = read_settings(folder), [], {}
-    with careful(folder): rows = _epochs_of(folder)
+    with careful(folder): rows = read_metrics(folder)
     with careful(folder): results = _read_results(folder)
     valid = [row['accuracy'] for row in rows if math.isfinite(row['accuracy'])]
-    return dict(run=folder.name, model=settings.model, opt=settings.opt, sched=settings.sched, lr=settings.lr,
-                epochs=f'{len(rows)}/{settings.epochs}', valid=max(valid, default=None),
-                seconds=results.get('seconds'))
-
-def _epochs_of(folder):
-    rows, needed = read_metrics(folder), ['epoch', 'valid_loss', 'accuracy']
-    if rows and not {*needed} <= rows[0].keys():
-        raise ValueError(f'{folder/"metrics.csv"}: expected columns {needed}, found {[*rows[0]]}')
-    return rows
+    return dict(run=folder.name) | asdict(settings) | dict(epochs=f'{len(rows)}/{settings.epochs}',
+        valid=max(valid, default=None), seconds=results.get('seconds'))
 
 def _read_results(folder):
     path = folder/'results.json'
@@ -460,11 +437,11 @@ def _read_results(folder):
 def compare_runs(a, b, # folders of runs, or their names in `out`
                  out:str='runs', # where the folders of runs are
                 ) -> list: # one dict per difference: what, and its value in each
-    "Settings and validation results in which two runs differ."
+    "Settings, validation results and versions in which two runs differ."
     folders = [_find_run(run, out) for run in (a, b)]
-    x, y = (_summary(folder) | asdict(read_settings(folder)) for folder in folders)
+    x, y = (_summary(folder) | asdict(read_settings(folder)) | _versions(folder) for folder in folders)
     one, other = (f.name for f in folders) if folders[0].name != folders[1].name else map(str, folders)
-    return [{'': k, one: x[k], other: y[k]} for k in x if k != 'run' and x[k] != y[k]]
+    return [{'': k, one: x.get(k), other: y.get(k)} for k in x | y if k != 'run' and x.get(k) != y.get(k)]
 
 # %% ../nbs/14_experiments.ipynb #140191
 def plot_runs(*runs, # folders of runs, or their names in `out`; at least one
@@ -473,10 +450,10 @@ def plot_runs(*runs, # folders of runs, or their names in `out`; at least one
     "Draw validation loss and accuracy of several runs by epoch; return the figure."
     if not runs: raise ValueError('expected at least one run, got none')
     folders = [_find_run(run, out) for run in runs]
-    epochs, labels = [_epochs_of(folder) for folder in folders], _labels([folder.name for folder in folders])
+    labels = _labels([folder.name for folder in folders])
     if axs is None: _, axs = _figure(1, 2, figsize=(11, 3.2))
     for ax, key, what in zip(axs, ('valid_loss', 'accuracy'), ('validation loss', 'validation accuracy')):
-        for rows, label in zip(epochs, labels): _plot_epochs(ax, rows, key, ms=3, label=label)
+        for run, label in zip(folders, labels): _plot_epochs(ax, read_metrics(run), key, ms=3, label=label)
         ax.set(ylabel=what, title=f'{what.capitalize()} of each run')
     axs[1].legend(fontsize=9, loc='upper left', bbox_to_anchor=(1.02, 1))
     return axs[1].figure
@@ -508,8 +485,8 @@ def _exp_train_command(argv=None):
     for f in fields(Settings):
         names = dict.fromkeys([f'--{f.name}', f'--{f.name.replace("_", "-")}'])
         kind = dict(action='store_true') if f.type is bool else dict(type=f.type, metavar=f.name.upper())
-        default = f'default: {f.default}' if f.default else ''
-        help = f.metadata['help'], f.metadata['words'], ', '.join(f.metadata['choices']), default
+        help = [f.metadata['help'], f.metadata['words'].removeprefix('of '), ', '.join(f.metadata['choices'])]
+        if f.default: help.append(f'default: {f.default}')
         parser.add_argument(*names, help='; '.join(filter(None, help)), **kind)
     options = vars(parser.parse_args(argv))
     _run_command('exp_train', lambda: exp_train(**options))
@@ -526,18 +503,19 @@ def _run_command(name, command):
 def exp_runs(*runs, # none: a table of all; two: what is different
              plot:str=None, # file for a picture of the runs, or of all
              out:str='runs', # where the folders of runs are
-             test:bool=False): # show the test accuracy of one run, the one that was chosen
-    "List runs, compare two, or draw several; measure one on the test set. Raises `ValueError` for odd runs."
+             test:bool=False, # show the test accuracy of one run, the one that was chosen
+             also=()): # names of settings that a table of runs shows, too
+    "List runs, compare two, draw several, or test one; raises `ValueError` for runs that can't be read."
     if test and len(runs) != 1:
         raise ValueError(f'expected one run with --test, chosen by its validation accuracy; got {len(runs)}')
     if test: return say(f'test accuracy: {final_accuracy(*runs, out=out):.2%}')
-    if len(runs) == 2 and not plot: rows = compare_runs(*runs, out=out)
+    compared = len(runs) == 2 and not plot
+    if compared: rows = compare_runs(*runs, out=out)
     else: rows = [_summary(_find_run(run, out)) for run in runs] if runs else list_runs(out)
     if not rows: return say('no difference' if runs else f'no runs in {out}')
-    _print_table(rows)
-    if not plot: return
+    _print_table(rows, None if compared else [*_COLUMNS, *also])
     drawn = runs or [row['run'] for row in rows if row['valid'] is not None]
-    _save_figure(plot_runs(*drawn, out=out), plot)
+    if plot: _save_figure(plot_runs(*drawn, out=out), plot)
 
 def _exp_runs_command(argv=None):
     "`exp_runs` for the shell; `argv` instead of the command line's options, for tests."
@@ -546,8 +524,29 @@ def _exp_runs_command(argv=None):
     parser.add_argument('--plot', metavar='FILE.png', help='draw the runs, or all, into this file')
     parser.add_argument('--out', default='runs', help='where the folders of runs are; default: runs')
     parser.add_argument('--test', action='store_true', help='show the test accuracy of one run')
+    parser.add_argument('--also', action='append', default=[], choices=_NAMES, help='a column, such as seed')
     options = vars(parser.parse_args(argv))
     _run_command('exp_runs', lambda: exp_runs(*options.pop('runs'), **options))
+
+# %% ../nbs/14_experiments.ipynb #140104
+@contextmanager
+def _tell_errors(path, after=''):
+    "What is wrong with a file becomes a line on the screen for errors, if there is one."
+    try: yield path
+    except (ValueError, OSError) as e:
+        text = f'{e.filename or path}: {e.strerror or e}' if isinstance(e, OSError) else e
+        with redirect_stdout(sys.stderr): say(f'{text}{after}')
+
+def _append(text, path):
+    "Add to the end of a file: all of the text, or nothing."
+    data = text.encode('utf-8', 'replace')
+    with path.open('ab', buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) < len(data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 # %% ../nbs/14_experiments.ipynb #140023
 class _TensorBoard(Callback):

@@ -58,7 +58,7 @@ class _Repeated:
 class GradientAccumulation(Callback):
     "Makes one step of `n` batches, by the gradient of their mean loss; needs a loss that is a mean."
     order = -10  # early: others shall see the gradient of the whole window
-    batches = weight = kept = 0  # of the window: its batches, their weight, how many are there to stay
+    batches = weight = kept = 0  # of the window; `kept`: see "a batch that is thrown away"
     def __init__(self, n:int): # batches a step, at least 1
         self.n = whole_number(n, 'n, the batches a step,')
 
@@ -102,10 +102,10 @@ def after_step(self:GradientAccumulation, learn):
 # %% ../nbs/15_callbacks.ipynb #150382
 @patch
 def last_step(self:GradientAccumulation, learn):
-    "A step of what is left, with the other callbacks' say."
+    "A step of what is left, with the say of the callbacks that come later."
     self.divide(learn)
-    for cb in learn.running:
-        if cb is not self and hasattr(cb, 'after_backward'): cb.after_backward(learn)
+    for cb in learn.running[learn.running.index(self) + 1:]:  # those before it have heard of each piece
+        if hasattr(cb, 'after_backward'): cb.after_backward(learn)
     learn.take_step()
 
 @patch
@@ -185,28 +185,27 @@ def _n_arguments(func):
 
 # %% ../nbs/15_callbacks.ipynb #150458
 @patch
-def of_fields(self:BatchTransform, batch, own):
-    "A batch of changed fields; `own`: the Learner knows which of them are inputs, and we don't."
-    fields, asked = len(batch), _n_arguments(self.func)
-    n = fields if asked is None else asked
-    if n != fields and (own or n != fields - 1):
-        inputs = '' if own else f'the inputs of a batch ({fields - 1}), or '
-        raise TypeError(f'expected func to take {inputs}all its fields ({fields}), got one that takes {n}')
+def of_fields(self:BatchTransform, batch, overridden):
+    "A batch of changed fields; `overridden`: the Learner knows which of them are inputs, and we don't."
+    n_fields = len(batch)
+    n = _n_arguments(self.func) or n_fields
+    if overridden and n != n_fields:
+        raise TypeError(f'expected func to take all its fields ({n_fields}), got one that takes {n}')
+    if n not in (n_fields - 1, n_fields):
+        raise TypeError(f'expected func to take the inputs of a batch ({n_fields - 1}), '
+                        f'or all its fields ({n_fields}), got one that takes {n}')
     new = _checked_fields(self.func(*batch[:n]), batch[:n])
-    if n < fields: _check_rows(new, batch)
+    if n < n_fields: _check_rows(new, batch)
     new += batch[n:]
     return type(batch)(*new) if hasattr(batch, '_fields') else tuple(new)
 
 # %% ../nbs/15_callbacks.ipynb #150368
 def _checked_fields(new, old):
     "What a function gave for the fields `old`, as a list; raises `ValueError` if that can't be."
-    one = len(old) == 1
-    if one: fine = _is_several(old[0]) or not _is_several(new)
-    else: fine = _is_several(new) and len(new) == len(old)
-    if fine:
-        fields = [new] if one else [*new]
-        if all(f is not None or o is None for f, o in zip(fields, old)): return fields
-    what = 'one field' if one else f'{len(old)} fields'
+    if len(old) == 1: what, fits = 'one field', _is_several(old[0]) or not _is_several(new)
+    else: what, fits = f'{len(old)} fields', _is_several(new) and len(new) == len(old)
+    fields = [new] if len(old) == 1 else new
+    if fits and not any(f is None and o is not None for f, o in zip(fields, old)): return [*fields]
     raise ValueError(f'expected func to give {what}, as it was given, got {_form(new)}')
 
 def _check_rows(new, old):

@@ -28,20 +28,23 @@ def plot_matrix(matrix:Tensor, # (classes, classes), from `confusion_matrix`
                 ax=None): # matplotlib axes; None: a new figure
     "Draw a confusion matrix, coloured by the mistakes; return the axes."
     import matplotlib.pyplot as plt
-    matrix, n = matrix.cpu(), len(matrix)
-    names = _names(labels, n)
+    matrix, n, names = matrix.cpu(), len(matrix), _names(labels, len(matrix))
     if ax is None: ax = plt.subplots(figsize=(0.6 + 0.45*n, 0.6 + 0.42*n))[1]
     wrong = matrix - matrix.diag().diag()
-    ax.imshow(wrong.numpy(), cmap='Oranges')
+    grays, colors = torch.where(torch.eye(n) > 0, 0.15, math.nan), torch.where(wrong > 0, wrong, math.nan)
+    ax.imshow(grays.numpy(), cmap='Greys', vmin=0, vmax=1)  # nan: left empty
+    ax.imshow(colors.numpy(), cmap='Oranges', vmin=0, vmax=max(1, int(wrong.max())))
     for i, row in enumerate(matrix.tolist()):
         for j, count in enumerate(row):
             color = 'white' if wrong[i, j] > 0.7*wrong.max() else 'black'
-            ax.text(j, i, count or '', ha='center', va='center', fontsize=8, color=color)
+            ax.text(j, i, count or '', ha='center', va='center', fontsize=9, color=color)
     ax.set(xticks=range(n), yticks=range(n), xlabel='prediction', ylabel='target', yticklabels=names)
     ax.set_xticklabels(names, rotation=45*any(len(name) > 3 for name in names))
     return ax
 
 # %% ../nbs/16_results.ipynb #160167
+def _share(part, whole, seen): return torch.where(seen, part/whole.clamp(min=1), math.nan)  # 0/0 is 0
+
 class Report:
     """Precision, recall and F1 of each class, as a table where it is shown. 0/0 counts as 0, but is nan for a
     class that neither occurs nor is called; averages leave it out. Raises `ValueError` without rows."""
@@ -52,21 +55,13 @@ class Report:
         if not matrix.sum(): raise ValueError('expected at least one row that counts, got none')
         right, self.called, self.support = matrix.diag(), matrix.sum(0), matrix.sum(1)  # each (classes,)
         self.labels, self.accuracy = _names(labels, len(matrix)), float(right.sum()/matrix.sum())
-        self.precision, self.recall = self._share(right, self.called), self._share(right, self.support)
-        self.f1 = self._share(2*right, self.called + self.support)
-
-    def _share(self, part, whole):
-        return torch.where(self.called + self.support > 0, part/whole.clamp(min=1), math.nan)
-
-    def average(self, mean) -> dict: # precision, recall, f1 -> number
-        return {name: float(mean(getattr(self, name))) for name in ('precision', 'recall', 'f1')}
-
-    @property
-    def macro(self): return self.average(lambda values: values.nanmean())  # each class the same
-
-    @property
-    def weighted(self): # each class by its rows
-        return self.average(lambda values: (values.nan_to_num()*self.support).sum()/self.support.sum())
+        seen = self.called + self.support > 0
+        self.precision, self.recall = _share(right, self.called, seen), _share(right, self.support, seen)
+        self.f1 = _share(2*right, self.called + self.support, seen)
+        columns = {'precision': self.precision, 'recall': self.recall, 'f1': self.f1}
+        weights = self.support/self.support.sum()
+        self.macro = {name: float(values.nanmean()) for name, values in columns.items()}
+        self.weighted = {name: float((weights*values).nansum()) for name, values in columns.items()}
 
 # %% ../nbs/16_results.ipynb #160184
 class Calibration(NamedTuple):
@@ -80,19 +75,21 @@ class Calibration(NamedTuple):
         "Expected calibration error: the mean gap between the two (Naeini et al., 2015)."
         return float(((self.accuracy - self.confidence).abs()*self.rows).nansum()/self.rows.sum())
 
-    def plot(self, ax=None): # matplotlib axes; None: a new figure
-        "Draw accuracy against confidence, with two standard deviations of chance in gray; return the axes."
-        import matplotlib.pyplot as plt
-        if ax is None: ax = plt.subplots(figsize=(3.4, 3.4))[1]
-        x, y = self.confidence, self.accuracy
-        chance = 2*(x*(1 - x)/self.rows)**0.5
-        ax.plot([0, 1], [0, 1], '--', color=COLORS['gray'])
-        ax.vlines(x, x - chance, x + chance, color=COLORS['gray'], linewidth=6, alpha=0.4)
-        ax.vlines(x, x, y, color=COLORS['vermillion'])
-        ax.scatter(x, y, 20, color=COLORS['blue'], zorder=3)
-        ax.set(xlabel='confidence', ylabel='share that is right', title=f'ECE {self.ece:.4f}')
-        ax.set(xlim=(0, 1.04), ylim=(-0.04, 1.04), aspect='equal')
-        return ax
+# %% ../nbs/16_results.ipynb #160298
+@patch
+def plot(self:Calibration, ax=None): # matplotlib axes; None: a new figure
+    "Draw accuracy against confidence, and in gray what chance does (from five rows on); return the axes."
+    import matplotlib.pyplot as plt
+    if ax is None: ax = plt.subplots(figsize=(3.4, 3.4))[1]
+    x, y, ticks = self.confidence, self.accuracy, [0, 0.2, 0.4, 0.6, 0.8, 1]
+    chance = torch.where(self.rows >= 5, 2*(x*(1 - x)/self.rows)**0.5, math.nan)
+    ax.plot([0, 1], [0, 1], '--', color=COLORS['gray'])
+    ax.vlines(x, x - chance, x + chance, color=COLORS['gray'], linewidth=6, alpha=0.4)
+    ax.vlines(x, x, y, color=COLORS['vermillion'])
+    ax.scatter(x, y, 12 + 150*self.rows/self.rows.sum(), color=COLORS['blue'], zorder=3)
+    ax.set(xlabel='confidence', ylabel='share that is right', title=f'ECE {self.ece:.4f}')
+    ax.set(xlim=(0, 1.04), ylim=(-0.04, 1.04), xticks=ticks, yticks=ticks, aspect='equal')
+    return ax
 
 # %% ../nbs/16_results.ipynb #160134
 def _checked(pred, target, ignore_index):
@@ -102,7 +99,7 @@ def _checked(pred, target, ignore_index):
         found = f'{tuple(pred.shape)} and {tuple(target.shape)} of {target.dtype}'
         raise ValueError(f'expected scores (n, classes) and whole numbers (n,), got {found}')
     if pred.shape[1] < 2:
-        raise ValueError('expected a score for each class, got one column: F.pad(pred, (1, 0)) makes two')
+        raise ValueError('expected a score for each class, got one column: F.pad(pred, (1, 0)) adds one of 0')
     target = target.long()
     counts = target != ignore_index
     pred, target, last = pred[counts], target[counts], pred.shape[1] - 1
@@ -111,10 +108,6 @@ def _checked(pred, target, ignore_index):
     bad = int((pred.isnan() | (pred == math.inf)).any(1).sum())  # -inf is a probability of 0, and fine
     if bad: raise ValueError(f'expected numbers as scores, got nan or inf in {bad} of {len(pred)} rows')
     return pred, target
-
-def _ignored(loss_func):
-    "The target of the rows that a loss function leaves out."
-    return getattr(loss_func, 'ignore_index', getattr(loss_func, 'keywords', {}).get('ignore_index', -100))
 
 # %% ../nbs/16_results.ipynb #160008
 def confusion_matrix(pred:Tensor, # scores (n, classes)
@@ -191,6 +184,12 @@ def _repr_html_(self:Report):
     return f'<table>{line(head, "th")}{"".join(line(row, "td") for row in rows)}</table>{notes}'
 
 # %% ../nbs/16_results.ipynb #160207
+def _ignored(loss_func):
+    "The target of the rows that a loss function leaves out."
+    keywords = getattr(loss_func, 'keywords', {})  # of a `functools.partial`
+    return getattr(loss_func, 'ignore_index', keywords.get('ignore_index', -100))
+
+# %% ../nbs/16_results.ipynb #160304
 class Interpretation:
     "Predictions and targets of one pass over the data, in its order, and what can be seen in them."
     def __init__(self,
@@ -199,7 +198,8 @@ class Interpretation:
                  labels=None): # names of the classes; None: their numbers
         if isinstance(dl, Tensor): raise TypeError('expected batches with targets, got a Tensor of inputs')
         self.learn, self.labels, self.ignore_index = learn, labels, _ignored(learn.loss_func)
-        self.first = self.chosen = None  # the first batch, and the pair of output and target: see `part`
+        self.first = None   # the first batch, for pictures
+        self.chosen = None  # by `part`: one of several outputs, and its target
         self.preds, self.targets = learn.get_preds(self._passing(learn.loader(dl)))
         if self.targets is None: raise ValueError('expected batches with targets, got inputs alone')
 
@@ -270,7 +270,7 @@ def show_results(self:Interpretation,
     """Draw the first `n` images of the first batch, titled target -> prediction, a pair for each output;
     return the axes. Raises `ValueError` if there is no target for each prediction."""
     n = whole_number(n, 'n')
-    with self.learn.nested(()):  # afterwards the Learner has its own batch again
+    with self.learn.nested(()):  # a pass inside, after which the Learner is as it was
         self.learn.batch = self.first
         x = leaves(tuple(self.learn.xb))[0][:n]
     preds, targets = ([t[:len(x)].cpu() for t in leaves(nest)] for nest in (self.preds, self.targets))
@@ -291,7 +291,7 @@ def top_losses(self:Interpretation,
     "The rows with the largest loss, largest first; each is given to the loss function as a batch of one."
     n, learn = whole_number(n, 'n'), self.learn
     if type(learn).get_loss is not Learner.get_loss and own_batches(learn):
-        raise ValueError('expected the plain xb and yb with a get_loss of its own, got others')
+        raise ValueError('expected plain xb and yb with a get_loss of its own, to give it rows one by one')
     weigh, losses = weigher(learn.loss_func), []
     with torch.no_grad(), learn.nested(()):
         for i in range(n_rows(self.targets, [self.preds])):
