@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'STEPS', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'Callback', 'Learner', 'load_opt_state', 'Accuracy',
-           'Loss', 'Metrics', 'Recorder', 'get_momentum', 'StopOnNaN', 'Progress', 'own_batches', 'MixedPrecision',
-           'Compile']
+           'Loss', 'Metrics', 'Recorder', 'get_momentum', 'StopOnNaN', 'Progress', 'own_batches']
 
 # %% ../nbs/10_learner.ipynb #100004
 import math
-from functools import partial
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -36,7 +34,6 @@ from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 import numpy as np
-from torch.func import functional_call, grad_and_value
 from tqdm import tqdm
 from .nb_00 import COLORS, is_terminal, say
 from .nb_05 import (as_float32, as_list, as_number, brief, copy_nest, device_of, is_sum, join_nests,
@@ -1028,112 +1025,3 @@ def unfreeze(self:Learner):
 def _parts(model):
     parts = [m for m in model.children() if any(True for p in m.parameters())]
     return _parts(parts[0]) if len(parts) == 1 and [*parts[0].children()] else parts or [model]
-
-# %% ../nbs/10_learner.ipynb #100126
-class MixedPrecision(Callback):
-    """Predicts and computes the loss in 16 bits where that is safe; float16 with a gradient scaler, on CUDA
-    (Micikevicius et al., 2018)."""
-    order, cast, everywhere = -5, None, True
-    def __init__(self, dtype=torch.bfloat16): # torch.bfloat16 or torch.float16
-        if dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f'expected bfloat16 or float16, got {dtype}')
-        self.dtype = dtype
-
-    def before_fit(self, learn):
-        if learn.asks_closure: raise ValueError('expected an optimizer without a closure, for 16 bits')
-        if self.dtype is torch.bfloat16: return
-        device = next(learn.model.parameters()).device.type
-        if device != 'cuda':
-            raise ValueError(f'expected a model on CUDA for float16, got one on {device}: use bfloat16')
-        self.scaler, self.backward = torch.amp.GradScaler(device), learn.backward
-        learn.backward, learn.step = partial(self.scaled_backward, learn), partial(self.scaled_step, learn)
-
-    def state_dict(self): return {} if self.dtype is torch.bfloat16 else self.scaler.state_dict()
-
-    def load_state_dict(self, state):
-        if state: self.scaler.load_state_dict(state)
-
-    def before_batch(self, learn):
-        self.cast = torch.autocast(next(learn.model.parameters()).device.type, self.dtype)
-        self.cast.__enter__()
-        torch.clear_autocast_cache()  # copies of weights that another fit may have changed
-
-    def leave(self, learn):
-        cast, self.cast = self.cast, None
-        if cast: cast.__exit__(None, None, None)
-        if cast: torch.clear_autocast_cache()
-
-    after_loss = cleanup_batch = leave
-
-# %% ../nbs/10_learner.ipynb #100446
-@patch
-def scaled_backward(self:MixedPrecision, learn):
-    loss, learn.loss = learn.loss, self.scaler.scale(learn.loss)
-    self.backward()
-    learn.loss = loss
-
-@patch
-def scaled_step(self:MixedPrecision, learn):
-    self.scaler.step(learn.opt)
-    self.scaler.update()
-
-@patch
-def after_backward(self:MixedPrecision, learn):
-    if self.dtype is torch.float16: self.scaler.unscale_(learn.opt)
-
-# %% ../nbs/10_learner.ipynb #100448
-def _loss_and_grads(model, loss_func):
-    def loss(params, buffers, batch):
-        buffers = {k: b.clone() for k, b in buffers.items()}
-        pred = functional_call(model, (params, buffers), batch[:-1])
-        return loss_func(pred, batch[-1]), (pred, buffers)
-
-    def step(params, buffers, batch):
-        grads, (value, (pred, new)) = grad_and_value(loss, has_aux=True)(params, buffers, batch)
-        for k, b in buffers.items(): b.copy_(new[k])
-        return pred, value, grads
-    return step
-
-# %% ../nbs/10_learner.ipynb #100130
-class Compile(Callback):
-    """Trains with prediction, loss and gradients compiled into one function; raises `ValueError` if one of
-    them is overridden, or if the loss function has parameters of its own."""
-    order = 20
-    def before_fit(self, learn):
-        for step in ('xb', 'yb', 'predict', 'get_loss', 'backward'):
-            if step in vars(learn) or getattr(type(learn), step) is not getattr(Learner, step):
-                raise ValueError(f'expected the plain {step} to compile, got one that was replaced')
-        if learn.asks_closure: raise ValueError('expected an optimizer without a closure, to compile')
-        if any(True for m in learn.modules[1:] for p in m.parameters()):
-            raise ValueError('expected a loss function without parameters of its own, to compile')
-        self.model, self.loss_func = learn.model, learn.loss_func
-        self.compiled = torch.compile(_loss_and_grads(learn.model, learn.loss_func))
-        self.before_epoch(learn)
-        learn.predict, learn.get_loss = partial(self.compiled_predict, learn), partial(self.take_loss, learn)
-        learn.backward = partial(self.take_grads, learn)
-
-    def before_epoch(self, learn):  # a layer may have been replaced
-        if learn.model is not self.model or learn.loss_func is not self.loss_func:
-            raise ValueError('expected model and the loss function that were compiled, got others: fit anew')
-        self.params, self.buffers = dict(learn.model.named_parameters()), dict(learn.model.named_buffers())
-
-    def after_epoch(self, learn): self.before_epoch(learn)
-
-# %% ../nbs/10_learner.ipynb #100450
-@patch
-def compiled_predict(self:Compile, learn, *inputs):
-    if inputs or not learn.training: return Learner.predict(learn, *inputs)
-    trained = {k: p.detach() for k, p in self.params.items() if p.requires_grad}  # which may change
-    learn.pred, self.loss, self.grads = self.compiled(trained, self.buffers, tuple(learn.batch))
-
-@patch
-def take_loss(self:Compile, learn):
-    if not learn.training: return Learner.get_loss(learn)
-    learn.loss, learn.by_loss_func = self.loss, True
-
-@patch
-def take_grads(self:Compile, learn):
-    for k, g in self.grads.items():
-        p = self.params[k]
-        p.grad = g if p.grad is None else p.grad + g
-    self.loss = self.grads = None

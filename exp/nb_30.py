@@ -207,25 +207,28 @@ def _lift(gm):
 # %% ../nbs/30_speed.ipynb #300104
 _HIDDEN = 'iter', 'n_iter', 'epoch', 'n_epochs', 'opt'  # of a Learner: these change from batch to batch
 
+def _hidden(name):
+    def read(learn): raise CantRecord(f'it looks at learn.{name}, which changes')
+    return property(read)
+
 @contextmanager
 def _undisturbed(learn, parts):
     "Put back what is within changes, and raise `CantRecord` for what would not be the same the next time."
-    hidden = {name: vars(learn).pop(name) for name in _HIDDEN if name in vars(learn)}
-    batch, before, chance = learn.batch, _snapshot(parts), (random.getstate(), np.random.get_state())
+    batch, cls, before = learn.batch, type(learn), _snapshot(parts)
+    chance = random.getstate(), np.random.get_state()
     def drawn(): return random.getstate() != chance[0] or np.random.get_state()[2:] != chance[1][2:]
+    learn.__class__ = type(cls.__name__, (cls,), {name: _hidden(name) for name in _HIDDEN})
     try:
         yield
         changed = [*_changes(before)]
         if changed: raise CantRecord(f'it changes {changed[0]}, which would not happen again')
         if drawn(): raise CantRecord("it draws random numbers of Python or NumPy, not PyTorch's")
-    except AttributeError as error:
-        if error.name not in _HIDDEN or error.obj is not learn: raise
-        raise CantRecord(f'it looks at learn.{error.name}, which changes') from error
     finally:
+        learn.__class__ = cls
         for _, container, old in before: _refill(container, old)
         random.setstate(chance[0])
         np.random.set_state(chance[1])
-        vars(learn).update(hidden, batch=batch, pred=None, loss=None)
+        vars(learn).update(batch=batch, pred=None, loss=None)
 
 # %% ../nbs/30_speed.ipynb #300105
 def _snapshot(parts):
@@ -317,9 +320,10 @@ def look(self:Record, learn):
     self.owned, self.kind = owned, None
     modules = [m for top in learn.modules for m in top.modules()]
     plain = [(vars(m), [k for k, v in vars(m).items() if _is_plain(v)]) for m in modules]
-    plain.append((vars(learn), [k for k, v in vars(learn).items() if _is_plain(v) and k not in _HIDDEN
-                                and not hasattr(Learner, k)]))
-    self.watched = [(state, itemgetter(*names)) for state, names in plain]
+    for owner in (learn, learn.loss_func):
+        names = [k for k, v in getattr(owner, '__dict__', {}).items() if _is_plain(v) and not hasattr(Learner, k)]
+        plain.append((getattr(owner, '__dict__', {}), [k for k in names if k not in _HIDDEN]))
+    self.watched = [(state, itemgetter(*names)) for state, names in plain if names]
     others = [p for group in learn.opt.param_groups for p in group['params']]
     self.params = [*dict.fromkeys([*(p for m in learn.modules for p in m.parameters()), *others])]
     self.device = self.params[0].device

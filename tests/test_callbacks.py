@@ -12,10 +12,11 @@ from exp.nb_00 import set_seed, test_near as near
 from exp.nb_02 import Model
 from exp.nb_03 import accuracy
 from exp.nb_04 import DataLoader, Dataset
-from exp.nb_10 import Callback, CancelBatch, CancelEpoch, CancelFit, Compile, Learner, Metrics, MixedPrecision
+from exp.nb_10 import Callback, CancelBatch, CancelEpoch, CancelFit, Learner, Metrics
 from exp.nb_11 import get_rng_state
 from exp.nb_13 import Checkpoint
 from exp.nb_15 import BatchTransform, Device, GradientAccumulation, GradientClip, OverfitOneBatch
+from exp.nb_30 import Compile, MixedPrecision
 
 
 def data(n=96, seed=0):

@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from exp.nb_00 import set_seed
 from exp.nb_03 import accuracy
 from exp.nb_04 import DataLoader, Dataset
-from exp.nb_10 import EVENTS, Callback, Learner, MixedPrecision
+from exp.nb_10 import EVENTS, Callback, Learner
 from exp.nb_15 import Device, GradientAccumulation
 from exp.nb_11 import Scheduler, get_rng_state, sched_cos, sched_one_cycle
 from exp.nb_12 import EMA, SGD, AdamW, Muon
 from exp.nb_13 import (Checkpoint, CheckpointError, EarlyStopping, SaveBest, _checkpoints, _seal, atomic_write, last_checkpoint, load_checkpoint,
                        load_weights, read_checkpoint, save_checkpoint, save_weights)
+from exp.nb_30 import MixedPrecision
 
 ROOT = Path(__file__).parent.parent
 EPOCHS, BATCHES = 2, 5

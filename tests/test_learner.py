@@ -10,10 +10,10 @@ from exp.nb_00 import set_seed, test_near as near
 from exp.nb_02 import Model
 from exp.nb_03 import accuracy
 from exp.nb_04 import DataLoader, Dataset
-from exp.nb_10 import (EVENTS, Accuracy, Callback, CancelBatch, CancelEpoch, CancelFit, Compile, Learner, Metric, Metrics,
-                       MixedPrecision, Progress, Recorder, StopOnNaN)
+from exp.nb_10 import EVENTS, Accuracy, Callback, CancelBatch, CancelEpoch, CancelFit, Learner, Metric, Metrics, Progress, Recorder, StopOnNaN
 from exp.nb_15 import Device, GradientAccumulation, GradientClip, OverfitOneBatch
 from exp.nb_12 import SGD
+from exp.nb_30 import Compile, MixedPrecision
 
 N, BS = 96, 32
 
@@ -371,10 +371,6 @@ def test_the_rate_of_a_fit_is_for_that_fit_on_a_device_too():
     learn.fit(1)
     learn.fit(1, lr=0.5)
     assert learn.recorder.lrs == [0.5]*3 and learn.opt.param_groups[0]['lr'] == 0.1
-
-
-def test_compile_refuses_what_it_would_ignore():
-    with pytest.raises(ValueError, match='plain backward'): new_learner([Compile(), GradientAccumulation(2)]).fit(1)
 
 
 def test_defaults_can_be_replaced():

@@ -12,11 +12,11 @@ from exp.nb_02 import Model
 from exp.nb_03 import accuracy, cross_entropy
 from exp.nb_04 import DataLoader, Dataset
 from exp.nb_05 import n_rows
-from exp.nb_10 import (EVENTS, Accuracy, Callback, CancelBatch, CancelEpoch, CancelFit, Compile, Learner, Metrics,
-                       MixedPrecision, Progress, load_opt_state)
+from exp.nb_10 import EVENTS, Accuracy, Callback, CancelBatch, CancelEpoch, CancelFit, Learner, Metrics, Progress, load_opt_state
 from exp.nb_15 import GradientAccumulation, GradientClip
 from exp.nb_11 import Scheduler, sched_lin
 from exp.nb_12 import EMA, AdamW
+from exp.nb_30 import Compile, MixedPrecision
 
 N, BS = 96, 32
 
@@ -68,10 +68,6 @@ def test_weights_shared_by_model_and_loss_are_given_once():
     learn = new_learner(model=lambda: nn.ModuleDict({'net': nn.Linear(4, 3), 'loss': loss}), loss_func=loss)
     learn.create_opt()
     assert len(learn.opt.param_groups[0]['params']) == 3
-
-
-def test_a_compiled_step_refuses_a_loss_with_weights():
-    with pytest.raises(ValueError, match='without parameters of its own'): new_learner(Compile(), loss_func=Scaled()).fit(1)
 
 
 class Net(nn.Module):

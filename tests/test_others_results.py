@@ -15,9 +15,10 @@ from exp.nb_02 import Model
 from exp.nb_03 import accuracy
 from exp.nb_04 import DataLoader, Dataset
 from exp.nb_05 import to_device
-from exp.nb_10 import Callback, CancelFit, Learner, Metric, Metrics, MixedPrecision, Progress, StopOnNaN, get_momentum
+from exp.nb_10 import Callback, CancelFit, Learner, Metric, Metrics, Progress, StopOnNaN, get_momentum
 from exp.nb_11 import Scheduler, sched_const, sched_lin
 from exp.nb_15 import Device, GradientAccumulation, GradientClip, OverfitOneBatch
+from exp.nb_30 import MixedPrecision
 
 import_module('exp.nb_16')  # show_results, top_losses
 N, BS = 96, 32

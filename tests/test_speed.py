@@ -11,7 +11,7 @@ from exp.nb_10 import Callback, CancelBatch, Learner
 from exp.nb_11 import Scheduler, sched_one_cycle
 from exp.nb_12 import EMA, SGD, Adam, AdamW, Muon, RMSProp
 from exp.nb_15 import BatchTransform, GradientAccumulation, GradientClip, OverfitOneBatch
-from exp.nb_30 import Compile, MixedPrecision, Record, as_function, halves, simplify, trace
+from exp.nb_30 import Compile, MixedPrecision, Record
 
 N_IN, N_OUT = 20, 4
 OPTIMIZERS = {'SGD': (SGD, 0.1), 'momentum': (partial(SGD, momentum=0.9), 0.05), 'RMSProp': (RMSProp, 1e-3), 'Adam': (Adam, 1e-3),
@@ -218,6 +218,43 @@ def test_it_leaves_no_trace():
     assert learn.predict(data()[0]).shape == (200, N_OUT)
 
 
+class Focal:
+    "A loss that is no module, with a number that somebody changes."
+    gamma = 1.
+    def __init__(self): self.gamma = 1.
+    def __call__(self, pred, target): return self.gamma*F.cross_entropy(pred, target)
+
+class Weighted(Learner):
+    "A step that looks at an attribute of the Learner's."
+    def get_loss(self): self.loss = self.share*self.loss_func(self.pred, self.yb)
+
+class Tune(Callback):
+    def before_fit(self, learn): learn.share = 1.
+    def before_batch(self, learn):
+        if learn.iter == 2: learn.share = learn.loss_func.gamma = 0.5
+
+def test_numbers_that_somebody_changes():
+    options = dict(cls=Weighted, loss_func=Focal())
+    eager = train(Tune(), **options)
+    options['loss_func'].gamma = 1.
+    assert_same(eager, train([Tune(), Record()], **options))
+
+
+def test_a_second_fit_uses_what_was_recorded_in_the_first():
+    record, made = Record(), []
+    original, record.record = record.record, lambda *args: made.append(1) or original(*args)
+    learn = train(record)
+    assert len(made) == 2  # a whole batch, and the last one
+    learn.fit(1, lr=0.01)
+    assert len(made) == 2
+    before = copy.deepcopy(learn.model.state_dict())
+    copy.deepcopy(learn).fit(1)  # with tensors of its own
+    assert all(torch.equal(t, before[k]) for k, t in learn.model.state_dict().items())
+    learn.model[4] = nn.Linear(16, N_OUT)
+    learn.fit(1)
+    assert len(made) == 4
+
+
 # refused by name
 
 class Bad(nn.Module):
@@ -277,7 +314,7 @@ def test_refused(model):
 def test_refused_leaves_the_model_as_it_was():
     for model in (Collects, Counts, NewBuffer):
         torch.manual_seed(0)
-        made, state = model(), random.getstate()
+        made = model()
         with warnings.catch_warnings(action='ignore'): train(Compile(), model=lambda: made, epochs=1)
         assert made.n in (0, 17) and len(made.seen) in (0, 17) and all(type(t) is torch.Tensor for t in [*made.seen, made.mean])
 
