@@ -7,7 +7,7 @@ __all__ = ['Row', 'RecordedLoss', 'Optimizer', 'Dataset', 'Sampler', 'collate', 
            'train_epoch', 'print_row', 'fit', 'most_wrong']
 
 # %% ../nbs/04_training.ipynb #040004
-import inspect, math, operator, sys, time, warnings
+import contextlib, inspect, math, sys, time, warnings
 from collections import namedtuple
 from collections.abc import Mapping
 import numpy as np
@@ -54,7 +54,7 @@ class Optimizer:
 # %% ../nbs/04_training.ipynb #040055
 class Dataset:
     "Tensors of equal length, indexed together, by one index or by a whole batch of them."
-    between, alone, read_only = (), False, False  # for a class that sets only x and y
+    rest, read_only = (), False  # for a class of one's own that sets only x and y
 
     def __init__(self,
                  x, # inputs (n, ...): tensor, array or list of numbers
@@ -64,44 +64,36 @@ class Dataset:
             raise ValueError('expected dense tensors, got a sparse one')
         shapes = [tuple(t.shape) for t in tensors]
         if () in shapes: raise ValueError(f'expected tensors with a first dimension, got shapes {shapes}')
-        lengths = [s[0] for s in shapes]
-        if len(set(lengths)) > 1:
-            raise ValueError(f'expected equal lengths, got {" and ".join(map(str, lengths))}')
-        self.x, self.y, self.between, self.alone = tensors[0], tensors[-1], tuple(tensors[1:-1]), not more
-        self.read_only = not all(getattr(getattr(o, 'flags', None), 'writeable', True) for o in (x, *more))
+        lengths = [str(len(t)) for t in tensors]
+        if len(set(lengths)) > 1: raise ValueError(f'expected equal lengths, got {" and ".join(lengths)}')
+        self.x, self.rest = tensors[0], tuple(tensors[1:])
+        self.read_only = any(isinstance(o, np.memmap) and not o.flags.writeable for o in (x, *more))
 
     @property
-    def tensors(self): # all of them, in order
-        return (self.x,) if self.alone else (self.x, *self.between, self.y)
+    def tensors(self): return (self.x, *self.rest)
+    @property
+    def y(self): return self.tensors[-1]  # the targets, if there are any
+    @y.setter
+    def y(self, y): self.rest = (*self.rest[:-1], y)
 
     def __len__(self): return len(self.x)
 
-    def __getitem__(self,
-                    i): # int, slice, mask, or indices: list, range, array, Tensor; negative from the end
-        "The tuple of all tensors at `i`. An int or a slice gives views, a batch of indices or a mask copies."
-        if isinstance(i, range) and i.step == 1 and 0 <= i.start <= i.stop <= len(self):
-            return tuple([t[i.start:i.stop].clone() for t in self.tensors])  # neighbours
-        if isinstance(i, (range, list, np.ndarray)): i = _as_index(i)
-        if isinstance(i, Tensor) and i.ndim: return tuple([_rows(t, i) for t in self.tensors])
-        return tuple([t[i].clone() if self.read_only else t[i] for t in self.tensors])
-
 # %% ../nbs/04_training.ipynb #040169
+@patch
+def __getitem__(self:Dataset, i): # an int, a slice, a mask, or indices: list, range, array, Tensor
+    "The tuple of all tensors at `i`. An int or a slice gives views, a batch of indices or a mask copies."
+    if isinstance(i, range) and i.step == 1 and 0 <= i.start <= i.stop <= len(self):
+        return tuple([t[i.start:i.stop].clone() for t in self.tensors])  # neighbours
+    if isinstance(i, (range, list, np.ndarray)): i = _as_index(i)
+    if isinstance(i, Tensor) and i.ndim: return tuple([_rows(t, i) for t in self.tensors])
+    return tuple([t[i].clone() if self.read_only else t[i] for t in self.tensors])
+
 def _rows(t, i):
     "The rows of `t` at the index tensor `i`, copied."
     if t.is_cpu and i.is_cpu and i.ndim == 1 and i.dtype in (torch.int64, torch.int32):
         try: return t.index_select(0, i)
         except (IndexError, NotImplementedError): return t[i]
     return _other_rows(t, i)
-
-# %% ../nbs/04_training.ipynb #040327
-def _whole_number(value, least, what):
-    "`value` as an int; raises `ValueError` unless it is a whole number, at least `least`, and no bool."
-    flag = isinstance(value, bool) or getattr(value, 'dtype', None) is torch.bool
-    try: number = operator.index(value)
-    except TypeError: number = None
-    if flag or number is None or number < least:
-        raise ValueError(f'expected {what} of at least {least}, a whole number, got {value!r}')
-    return number
 
 # %% ../nbs/04_training.ipynb #040065
 class Sampler:
@@ -114,14 +106,21 @@ class Sampler:
                  seed:int=None): # of its own generator; None: drawn from torch's
         self.n, self.bs = _whole_number(n, 0, 'a length'), _whole_number(bs, 1, 'a batch size')
         self.shuffle, self.drop_last = shuffle, drop_last
-        self.generator = torch.Generator()
-        self.generator.manual_seed(torch.randint(2**62, ()).item() if seed is None else seed)
+        if seed is None: seed = torch.randint(2**62, ()).item()
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self): return self.n//self.bs if self.drop_last else math.ceil(self.n/self.bs)
 
     def __iter__(self):
         order = torch.randperm(self.n, generator=self.generator) if self.shuffle else range(self.n)
         for batch in range(len(self)): yield order[batch*self.bs:(batch + 1)*self.bs]
+
+def _whole_number(value, least, what):
+    "`value` as an int; raises `ValueError` unless it is a whole number, at least `least`, and no bool."
+    if isinstance(value, Tensor) and value.ndim == 0: value = value.item()
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if is_whole and value >= least: return int(value)
+    raise ValueError(f'expected {what} of at least {least}, a whole number, got {value!r}')
 
 # %% ../nbs/04_training.ipynb #040070
 def collate(items:list, # what a dataset returned for each index, at least one
@@ -168,16 +167,12 @@ class DataLoader:
         else: self._take_options(shuffle, seed)
         if not self._plain(): self._torch_loader()  # makes it to see that all goes together
 
-    dataset = property(operator.attrgetter('ds'))  # its name in torch
-    batch_size = property(operator.attrgetter('bs'))  # its name in torch
+    dataset = property(lambda self: self.ds)  # its name in torch
+    batch_size = property(lambda self: self.bs)  # its name in torch
 
     def _plain(self): return self._at_once() and not self.num_workers and not self.options
 
     def __len__(self): return len(self._torch_loader() if self.batches is None else self._batches())
-
-    def _batches(self):
-        if isinstance(self.batches, Sampler): self.batches.n = len(self.ds)  # it may have grown
-        return self.batches
 
     def __iter__(self):
         if self._plain(): return map(self.ds.__getitem__, self._batches())
@@ -190,21 +185,32 @@ def _at_once(self:DataLoader):
     plain = getattr(type(self.ds), '__getitem__', None) is Dataset.__getitem__
     return plain and self.collate_fn is collate and not hasattr(self.ds, '__getitems__')
 
+@patch
+def _batches(self:DataLoader):
+    if isinstance(self.batches, Sampler): self.batches.n = len(self.ds)  # it may have grown
+    return self.batches
+
 # %% ../nbs/04_training.ipynb #040087
+@contextlib.contextmanager
+def _evaluation(model):
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try: yield
+    finally:
+        for part, training in modes: part.training = training
+
 @torch.no_grad()
-def validate(model:nn.Module, # called on each batch; its training mode is restored
+def validate(model:nn.Module, # called on each batch, in evaluation mode
              loss_func, # (predictions, targets) -> mean loss of a batch
              dl, # iterable of (xb, yb)
             ) -> tuple: # (loss, accuracy), means over all rows, floats
     "Loss and accuracy in evaluation mode, without gradients; raises `ValueError` if `dl` is empty."
-    training, total, n = model.training, 0, 0
-    model.eval()
-    try:
+    total, n = 0, 0
+    with _evaluation(model):
         for xb, yb in dl:
             pred = model(xb)
             total = total + torch.stack([loss_func(pred, yb), accuracy(pred, yb)])*len(yb)  # (2,)
             n += len(yb)
-    finally: model.train(training)
     if n == 0: raise ValueError('expected at least one batch, got none')
     return tuple((total/n).tolist())
 
@@ -217,9 +223,9 @@ def get_dls(train_ds, # `Dataset` to train on: shuffled, without a short last ba
            **options, # of both loaders: pin_memory, persistent_workers, ...
            ) -> tuple: # (train_dl, valid_dl)
     "A pair of `DataLoader`s, to train and to validate."
-    options['num_workers'] = num_workers
-    train_dl = DataLoader(train_ds, bs, shuffle=True, drop_last=True, seed=seed, **options)
-    return train_dl, DataLoader(valid_ds, bs*2, **options)
+    train_dl = DataLoader(train_ds, bs, shuffle=True, drop_last=True, seed=seed,
+                          num_workers=num_workers, **options)
+    return train_dl, DataLoader(valid_ds, bs*2, num_workers=num_workers, **options)
 
 def get_model(n_in:int=784, # features of a row
               nh:int=50, # hidden units
@@ -277,34 +283,31 @@ def fit(epochs:int, # passes over `train_dl`, at least 1
 
 # %% ../nbs/04_training.ipynb #040136
 @torch.no_grad()
-def most_wrong(model:nn.Module, # in evaluation mode, if it has such layers
+def most_wrong(model:nn.Module, # called in evaluation mode
                x:Tensor, # inputs (n, ...)
                y:Tensor, # targets (n,)
                k:int=12, # how many
               ) -> tuple: # indices, predicted classes and their probabilities, each (up to k,)
     "The wrong predictions that the model was most sure of, the surest first."
-    prob, pred = model(x).softmax(-1).max(-1)
+    with _evaluation(model): prob, pred = model(x).softmax(-1).max(-1)
     wrong = (pred != y).nonzero().flatten()
     idxs = wrong[prob[wrong].topk(min(k, len(wrong))).indices]
     return idxs, pred[idxs], prob[idxs]
 
 # %% ../nbs/04_training.ipynb #040167
-def _from_list(numbers):
-    if any(hasattr(o, 'shape') for o in numbers): return torch.stack([torch.as_tensor(o) for o in numbers])
-    return torch.tensor(numbers)
-
 def _as_tensor(data):
     "Numbers as a tensor, which shares the memory of an array; raises `ValueError` for anything else."
-    if isinstance(data, Tensor): return data
     if isinstance(data, (list, tuple)):
-        try: return _from_list(data)
+        try:
+            if any(hasattr(o, 'shape') for o in data): return torch.stack([*map(torch.as_tensor, data)])
+            return torch.tensor(data)
         except (ValueError, TypeError, RuntimeError) as e:
             raise ValueError(f'expected a list of numbers, all of one shape: {e}') from None
     data = np.asanyarray(data)  # a memmap stays one
     if data.dtype.kind not in 'biufc': raise ValueError(f'expected numbers, got an array of {data.dtype}')
     data = data.astype(data.dtype.newbyteorder('='), copy=False)
-    ours_to_read = data.flags.writeable or isinstance(data, np.memmap)
-    if not ours_to_read or any(s < 0 for s in data.strides): data = data.copy()
+    can_share = data.flags.writeable or isinstance(data, np.memmap)
+    if not can_share or any(s < 0 for s in data.strides): data = data.copy()
     with warnings.catch_warnings(action='ignore'): return torch.from_numpy(data)  # of read-only memory
 
 # %% ../nbs/04_training.ipynb #040241
@@ -334,28 +337,27 @@ def _one_order(ds, shuffle, options):
     elif len(given) > 1:
         raise ValueError(f'expected one of sampler, batch_sampler, shuffle=True, got {given}')
 
-# %% ../nbs/04_training.ipynb #040246
 def _order(ds, bs, shuffle, drop_last, seed, options):
     "The sampler of a loader, and the batches of indices from it; None and None where the dataset decides."
     if isinstance(ds, IterableDataset): return None, None
-    sampler, batch_sampler = options.get('sampler'), options.get('batch_sampler')
+    sampler, batches = options.get('sampler'), options.get('batch_sampler')
     if shuffle and 'generator' in options: sampler = RandomSampler(ds, generator=options['generator'])
-    if seed is not None and (sampler is not None or batch_sampler is not None):
-        raise ValueError(f'expected no seed beside a sampler or generator, got {seed}')
-    if batch_sampler is not None:
-        if drop_last or bs != 64:
-            raise ValueError(f'expected no bs, drop_last beside a batch_sampler, got {bs}, {drop_last}')
-        return getattr(batch_sampler, 'sampler', batch_sampler), batch_sampler
-    if sampler is not None: return sampler, BatchSampler(sampler, bs, drop_last)
-    if not hasattr(ds, '__len__'):
-        raise ValueError(f'expected a dataset with a length, or an IterableDataset, got {type(ds).__name__}')
-    sampler = Sampler(len(ds), bs, shuffle, drop_last, seed)
-    return sampler, sampler
+    if sampler is None and batches is None:
+        kind = type(ds).__name__
+        if not hasattr(ds, '__len__'):
+            raise ValueError(f'expected a dataset with a length, or an IterableDataset, got {kind}')
+        ours = Sampler(len(ds), bs, shuffle, drop_last, seed)
+        return ours, ours
+    if seed is not None: raise ValueError(f'expected no seed beside a sampler or generator, got {seed}')
+    if batches is None: return sampler, BatchSampler(sampler, bs, drop_last)
+    if drop_last or bs != 64:  # 64 is the default
+        raise ValueError(f'expected no bs, drop_last beside a batch_sampler, got {bs}, {drop_last}')
+    return getattr(batches, 'sampler', batches), batches
 
 # %% ../nbs/04_training.ipynb #040243
 _TORCHS = inspect.signature(torch.utils.data.DataLoader).parameters
-_OURS = {'dataset': 'ds', 'batch_size': 'bs'} | {name: name for name in (  # torch's name -> ours
-    'shuffle', 'drop_last', 'num_workers', 'collate_fn')}
+_OURS = dict(dataset='ds', batch_size='bs', shuffle='shuffle', drop_last='drop_last',  # torch's name: ours
+             num_workers='num_workers', collate_fn='collate_fn')
 
 def _given_options(options):
     "The options that are more than torch's defaults; raises `TypeError` for names that torch doesn't know."
@@ -377,10 +379,7 @@ class _IndexLists:
     "Batches of indices as lists of ints, which every dataset and every process understands."
     def __init__(self, sampler): self.sampler = sampler
     def __len__(self): return len(self.sampler)
-    def __iter__(self):
-        for idxs in self.sampler: yield [int(i) for i in idxs]
-
-def _same(batch): return batch
+    def __iter__(self): return ([int(i) for i in idxs] for idxs in self.sampler)
 
 @patch
 def _torch_loader(self:DataLoader):
@@ -390,7 +389,7 @@ def _torch_loader(self:DataLoader):
     if self.batches is None: options |= dict(batch_size=self.bs, drop_last=self.drop_last)
     elif self._at_once(): options |= dict(batch_size=None, sampler=batches)
     else: options |= dict(batch_sampler=batches)
-    options['collate_fn'] = _same if self._at_once() else self.collate_fn
+    options['collate_fn'] = tuple if self._at_once() else self.collate_fn  # a `Dataset` gives a tuple
     return torch.utils.data.DataLoader(self.ds, num_workers=self.num_workers, **options)
 
 # %% ../nbs/04_training.ipynb #040194

@@ -7,8 +7,7 @@ __all__ = ['SuggestedLRs', 'sched_const', 'sched_lin', 'sched_cos', 'sched_exp',
            'sched_one_cycle', 'sched_wsd', 'Scheduler', 'get_rng_state', 'set_rng_state']
 
 # %% ../nbs/11_schedules.ipynb #110004
-import copy, math, random, statistics, warnings
-from bisect import bisect_right
+import contextlib, copy, math, random, statistics, warnings
 from collections import namedtuple
 from itertools import accumulate, islice
 import numpy as np
@@ -66,11 +65,12 @@ def combine_scheds(fractions, # share of the progress for each part, each > 0, a
         raise ValueError(f'expected a fraction for each of {len(scheds)} schedules, got {len(fractions)}')
     if not all(f > 0 for f in fractions) or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
         raise ValueError(f'expected fractions above 0 that add up to 1, got {fractions}')
-    ends = [*accumulate(fractions)][:-1] + [1.]
+    borders = [0., *accumulate(fractions)]
+    borders[-1] = 1.  # the sum may round to another number
     def mix(pos):
-        i = min(bisect_right(ends, pos), len(ends) - 1)  # so many parts are over
-        start = ends[i - 1] if i else 0.
-        return scheds[i]((pos - start)/(ends[i] - start))
+        i = sum(pos >= border for border in borders[1:-1])  # so many parts are over
+        start, end = borders[i:i + 2]
+        return scheds[i]((pos - start)/(end - start))
     return _sched(mix)
 
 # %% ../nbs/11_schedules.ipynb #110029
@@ -100,10 +100,20 @@ def _get_hyper(group, name):
     value = get_momentum(group) if name == 'momentum' else group[name]
     return value.item() if isinstance(value, torch.Tensor) else value
 
+def _check_entry(groups, name, scheds):
+    "Raise `ValueError` unless the groups have a number of that name, and a schedule each."
+    known = {k for k, v in groups[0].items() if k != 'params' and _is_number(v)}
+    if 'betas' in groups[0]: known.add('momentum')
+    if name not in known: raise ValueError(f'expected one of {sorted(known)} to schedule, got {name!r}')
+    if isinstance(scheds, (tuple, list)) and len(scheds) != len(groups):
+        raise ValueError(f'expected {len(groups)} schedules for {name}, one a group, got {len(scheds)}')
+
+def _is_number(value): return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
+
 # %% ../nbs/11_schedules.ipynb #110037
 class Scheduler(Callback):
     "Sets entries of the optimizer's groups before each training batch, and puts them back after the fit."
-    order, sweep = -1, False
+    order, sweep = -1, False  # before those that look at the rate; not while `lr_find` sets it
     def __init__(self, **scheds): # name of the entry -> function of progress, or a list of them, one a group
         for name, each in scheds.items():
             if not all(map(callable, as_list(each))):
@@ -135,17 +145,6 @@ class Scheduler(Callback):
             if i < len(groups): _set_hyper(groups[i], name, value)
         self.before = []
 
-# %% ../nbs/11_schedules.ipynb #110305
-def _check_entry(groups, name, scheds):
-    "Raise `ValueError` unless the groups have a number of that name, and a schedule each."
-    known = {k for k, v in groups[0].items() if k != 'params' and _is_number(v)}
-    if 'betas' in groups[0]: known.add('momentum')
-    if name not in known: raise ValueError(f'expected one of {sorted(known)} to schedule, got {name!r}')
-    if isinstance(scheds, (tuple, list)) and len(scheds) != len(groups):
-        raise ValueError(f'expected {len(groups)} schedules for {name}, one a group, got {len(scheds)}')
-
-def _is_number(value): return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
-
 # %% ../nbs/11_schedules.ipynb #110044
 @patch
 def fit_one_cycle(self:Learner,
@@ -175,24 +174,6 @@ def _check_cycle(pct_start, moms=None, **divisors):
     for name, value in divisors.items():
         if not 0 < value < math.inf: raise ValueError(f'expected {name} above 0, got {value}')
 
-# %% ../nbs/11_schedules.ipynb #110210
-@patch
-def fit_flat_cos(self:Learner,
-                 n_epochs:int, # passes over the training data, at least 1
-                 lr=None, # rate of the flat part, > 0: one for all groups, a list, a slice; None: `self.lr`
-                 div_final:float=1e5, # it ends at lr/div_final, > 0
-                 pct_start:float=0.75, # share of the flat part, in (0, 1)
-                 cbs=(), # more callbacks, for this fit
-                 reset_opt:bool=False, # make a new optimizer instead of going on with the old one
-                 max_batches:int=None): # end each pass after so many batches; None: all
-    "`fit` at a constant rate that falls along a cosine at the end; raises `ValueError` as `fit_one_cycle`."
-    _check_cycle(pct_start, div_final=div_final)
-    self.ready_opt(reset_opt)
-    lrs = self.rates(self.lr if lr is None else lr)
-    parts = [[sched_const(lr), sched_cos(lr, lr/div_final)] for lr in lrs]
-    scheds = [combine_scheds([pct_start, 1 - pct_start], part) for part in parts]
-    self.fit(n_epochs, cbs=[Scheduler(lr=scheds), *as_list(cbs)], max_batches=max_batches)
-
 # %% ../nbs/11_schedules.ipynb #110053
 class _Sweep(Callback):
     "Raises the rate step by step; records the smoothed loss of each; ends the fit when it explodes."
@@ -220,14 +201,11 @@ class _Sweep(Callback):
         self.losses.append(loss)
         if self.i == self.steps: raise CancelFit
 
-# %% ../nbs/11_schedules.ipynb #110423
-@patch
-def exploded(self:_Sweep, loss):
-    "Whether the loss is far above its lowest; one below zero is measured by how far it fell."
-    if not self.losses: return False
-    low = min(self.losses)
-    scale = low if low > 0 else max(-low, self.losses[0] - low)
-    return loss - low > (self.diverged - 1)*scale
+    def exploded(self, loss):
+        if not self.losses: return False
+        low = min(self.losses)
+        scale = low if low > 0 else max(-low, self.losses[0] - low)
+        return loss - low > (self.diverged - 1)*scale
 
 # %% ../nbs/11_schedules.ipynb #110055
 SuggestedLRs = namedtuple('SuggestedLRs', 'valley steepest')
@@ -256,16 +234,15 @@ def _plot_sweep(sweep, found):
     "Losses by rate, cut off where they explode, with a mark for each suggestion."
     import matplotlib.pyplot as plt
     ax, first, low = plt.subplots(figsize=(5.6, 2.8))[1], sweep.losses[0], min(sweep.raw)
-    ax.plot(sweep.lrs, sweep.raw, lw=0.7, color=COLORS['sky'])
-    ax.plot(sweep.lrs, sweep.losses, color=COLORS['gray'])
-    for name, lr, color, up in zip(found._fields, found, ('blue', 'vermillion'), (14, -20)):
+    ax.plot(sweep.lrs, sweep.raw, lw=0.7, color=COLORS['sky'], label='one batch')
+    ax.plot(sweep.lrs, sweep.losses, color=COLORS['gray'], label='smoothed')
+    for name, lr, color in zip(found._fields, found, ('blue', 'vermillion')):
         if lr is None: continue
         loss = sweep.losses[sweep.lrs.index(lr)]
-        ax.plot(lr, loss, 'o', color=COLORS[color])
-        ax.annotate(f'{name}: {lr:.2g}', (lr, loss), xytext=(-78, up), textcoords='offset points',
-                    color=COLORS[color])
-    ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='loss, thin: of one batch')
+        ax.plot(lr, loss, 'o', color=COLORS[color], label=f'{name}: {lr:.2g}')
+    ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='training loss')
     ax.set_ylim(low - 0.1*(first - low), max(first + 0.2*(first - low), first + 1e-3*abs(first)))
+    ax.legend(loc='lower left', frameon=False)
 
 # %% ../nbs/11_schedules.ipynb #110211
 def _falls(raw, losses):
@@ -318,6 +295,23 @@ def set_rng_state(state:dict, # from `get_rng_state`
     if 'cuda' in state and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
     if 'mps' in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(state['mps'])
 
+# %% ../nbs/11_schedules.ipynb #110443
+@contextlib.contextmanager
+def _put_back(learn):
+    if learn.opt is not None: learn.ready_opt()  # takes in parameters that are new
+    rng, dls, cbs, opt = get_rng_state(learn.dls), learn.dls, learn.cbs, learn.opt
+    if any(map(nn.parameter.is_lazy, learn.model.parameters())): learn.get_preds(islice(dls[0], 1))
+    states = [copy.deepcopy(m.state_dict()) for m in learn.modules]
+    opt_state = None if opt is None else copy.deepcopy(opt.state_dict())
+    buffers = [(b, b.clone()) for m in learn.modules for b in m.buffers()]
+    try: yield
+    finally:
+        learn.dls, learn.cbs, learn.opt = dls, cbs, opt
+        for m, state in zip(learn.modules, states): m.load_state_dict(state)
+        for buffer, value in buffers: buffer.copy_(value)
+        if opt is not None: load_opt_state(opt, opt_state)
+        set_rng_state(rng, dls)
+
 # %% ../nbs/11_schedules.ipynb #110057
 @patch
 def lr_find(self:Learner,
@@ -331,21 +325,27 @@ def lr_find(self:Learner,
     if not 0 < start < end < math.inf: raise ValueError(f'expected 0 < start < end, got {start}, {end}')
     if not diverged > 1: raise ValueError(f'expected diverged above 1, got {diverged}')
     sweep = _Sweep(sched_exp(start, end), whole_number(steps, 'steps', 10), diverged)
-    if self.opt is not None: self.ready_opt()  # takes in what is new before anything is kept
-    rng, dls, cbs, opt = get_rng_state(self.dls), self.dls, self.cbs, self.opt
-    if any(map(nn.parameter.is_lazy, self.model.parameters())): self.get_preds(islice(dls[0], 1))
-    states = [copy.deepcopy(m.state_dict()) for m in self.modules]
-    opt_state = opt and copy.deepcopy(opt.state_dict())
-    buffers = [(b, b.clone()) for m in self.modules for b in m.buffers()]  # also those that no state_dict has
-    try:
-        self.dls, self.cbs = (dls[0], None), [cb for cb in cbs if cb.sweep]
+    with _put_back(self):
+        self.dls, self.cbs = (self.dls[0], None), [cb for cb in self.cbs if cb.sweep]
         self.fit(steps, cbs=sweep)
-    finally:
-        self.dls, self.cbs, self.opt = dls, cbs, opt
-        for m, state in zip(self.modules, states): m.load_state_dict(state)
-        for buffer, value in buffers: buffer.copy_(value)
-        if opt_state: load_opt_state(opt, opt_state)
-        set_rng_state(rng, dls)
     found = _suggest(sweep)
     if plot: _plot_sweep(sweep, found)
     return found
+
+# %% ../nbs/11_schedules.ipynb #110210
+@patch
+def fit_flat_cos(self:Learner,
+                 n_epochs:int, # passes over the training data, at least 1
+                 lr=None, # rate of the flat part, > 0: one for all groups, a list, a slice; None: `self.lr`
+                 div_final:float=1e5, # it ends at lr/div_final, > 0
+                 pct_start:float=0.75, # share of the flat part, in (0, 1)
+                 cbs=(), # more callbacks, for this fit
+                 reset_opt:bool=False, # make a new optimizer instead of going on with the old one
+                 max_batches:int=None): # end each pass after so many batches; None: all
+    "`fit` at a constant rate that falls along a cosine at the end; raises `ValueError` as `fit_one_cycle`."
+    _check_cycle(pct_start, div_final=div_final)
+    self.ready_opt(reset_opt)
+    lrs = self.rates(self.lr if lr is None else lr)
+    parts = [[sched_const(lr), sched_cos(lr, lr/div_final)] for lr in lrs]
+    scheds = [combine_scheds([pct_start, 1 - pct_start], part) for part in parts]
+    self.fit(n_epochs, cbs=[Scheduler(lr=scheds), *as_list(cbs)], max_batches=max_batches)
