@@ -185,7 +185,8 @@ class Recording:
         of = {id(t): mine for t, mine in zip(self.tensors, own)}
         trained = [of.get(id(p), p) for p in self.trained]
         preds, self.form = tree_flatten(pred)
-        self.n_preds, self.tracked = len(preds), [isinstance(p, Tensor) and p.requires_grad for p in preds]
+        self.n_preds, self.is_tensor = len(preds), isinstance(pred, Tensor)
+        self.tracked = [i for i, p in enumerate(preds) if isinstance(p, Tensor) and p.requires_grad]
         if loss.ndim or loss.dtype != seed.dtype: seed = seed.to(loss.dtype).reshape(loss.shape)
         grads = torch.autograd.grad(loss, trained, seed, allow_unused=True)
         return *preds, loss, *self.finish(trained, grads, [*inputs, *self.trained], of)
@@ -356,9 +357,8 @@ def go(self:Record, learn, *inputs): # in place of the step `predict`
     self.inputs = [*self.held, *(fields if form is None else [fields[i] for i in r.places])]
     with below_autograd(), no_autocast(): found = r.there(*self.inputs)
     self.preds, self.loss, self.saved = found[:r.n_preds], found[r.n_preds], found[r.n_preds+1:]
-    for pred, tracked in zip(self.preds, r.tracked):
-        if tracked: pred.requires_grad_()  # if others make a loss of it, that is noticed on the way back
-    self.pred = learn.pred = tree_unflatten(self.preds, r.form)
+    for i in r.tracked: found[i].requires_grad_()  # if others make a loss of it, that is noticed on the way back
+    self.pred = learn.pred = found[0] if r.is_tensor else tree_unflatten(self.preds, r.form)
 
 # %% ../nbs/30_speed.ipynb #300112
 @patch
@@ -379,7 +379,7 @@ def come_back(self:Record, learn): # in place of the step `backward`
     if learn.loss is not self.loss:
         learn.loss.backward()
         seed = self.loss.grad
-        if any(pred.grad is not None for pred in self.preds):
+        if any(isinstance(pred, Tensor) and pred.grad is not None for pred in self.preds):
             raise ValueError(f'expected a loss made of the recorded one, got one made of pred: with '
                              f'{type(self).__name__} the Learner needs a get_loss that computes all of it')
     if seed is not None: self.finish(learn, seed)
@@ -470,6 +470,8 @@ class Compile(Record):
         self.steps = self.whole and self.can_step(learn)
         if self.steps: self.plain_step, learn.step = learn.step, partial(self.compiled_step, learn)
 
+_OPTIONS = dict(fallback_random=True, size_asserts=False)  # random numbers as usual; no check of its own results
+
 @patch(nm='build')
 def _compile_build(self:Compile, gm):
     import torch._inductor
@@ -477,7 +479,7 @@ def _compile_build(self:Compile, gm):
     inputs = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
     try:
         with warnings.catch_warnings(action='ignore', category=DeprecationWarning):  # PyTorch's own affair
-            if self.works: return torch._inductor.compile(gm, inputs, options=dict(fallback_random=True))
+            if self.works: return torch._inductor.compile(gm, inputs, options=_OPTIONS)
     except Exception as error:
         self.works = False
         warnings.warn(f'operations are replayed, and not compiled: {_first_line(error)}')
@@ -587,7 +589,8 @@ def _compile_kind_of(self:Compile, learn, fields, form):
 @patch(nm='more')
 def _compile_more(self:Compile, learn):
     if not self.steps: return {}
-    memory, self.rates = _memory(learn.opt), torch.zeros(len(_rates(learn.opt)), dtype=torch.float64)
+    memory, self.numbers = _memory(learn.opt), np.zeros(len(_rates(learn.opt)))
+    self.rates = torch.from_numpy(self.numbers)  # the same memory, which is written to fastest by NumPy
     tensors = [t for record in memory.values() for t in record.values()]
     return dict(more=[*tensors, self.rates], finish=partial(self.update, learn.opt, memory))
 
@@ -618,7 +621,7 @@ def _compile_finish(self:Compile, learn, seed):
 @patch
 def compiled_step(self:Compile, learn):
     if self.seed is None: return self.plain_step()
-    self.rates.copy_(torch.tensor(_rates(learn.opt), dtype=torch.float64))
+    self.numbers[:] = _rates(learn.opt)
     seed, self.seed = self.seed, None
     self.second_half(seed)
 
