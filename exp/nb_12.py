@@ -216,6 +216,46 @@ class AdamW(Adam):
                  weight_decay:float=1e-2): # the weights shrink by lr times this at each step
         super().__init__(params, lr, betas, eps, weight_decay)
 
+# %% ../nbs/12_optimizers.ipynb #120220
+_OFF = dict(maximize=False, amsgrad=False, dampening=0, centered=False, capturable=False,
+            differentiable=False, foreach=None, fused=None)
+
+@patch
+def refuse_foreign(self:BaseOptimizer, group):
+    "Remove the options that only others have; raise `ValueError` for one that is not off."
+    neutral = _OFF | self.twin_options | {name: self.defaults[name] for name in self.names}
+    for name in group.keys() & (neutral.keys() - self.option_names(group)):
+        if (group[name] or None) != (neutral[name] or None):  # 0, False and None all mean off
+            raise ValueError(f'{type(self).__name__} expected {name}={neutral[name]}, got {group[name]}')
+        del group[name]
+
+# %% ../nbs/12_optimizers.ipynb #120357
+_SHARES, _NUMBERS = ('momentum', 'alpha', 'betas'), ('lr', 'weight_decay', 'eps', 'ratio', 'ns_steps')
+
+@patch
+def check(self:BaseOptimizer, group):
+    "Raise `ValueError` for a value or an option that is wrong."
+    for name in [name for name in _SHARES + _NUMBERS if name in group]:
+        value, bound = group[name], 1 if name in _SHARES else math.inf
+        try:
+            first, second = value if name == 'betas' else (value, value)
+            good = 0 <= first < bound and 0 <= second < bound
+        except (TypeError, ValueError, RuntimeError): good = False  # no number, too few, too many
+        below = ' and below 1' if name in _SHARES else ''
+        if not good: raise ValueError(f'expected {name} of at least 0{below}, got {value!r}')
+    self.options(group)
+    flat = [tuple(p.shape) for p in group['params'] if p.ndim < 2 and group.get('muon')]
+    if flat: raise ValueError(f'expected matrices in a group with muon=True, got shapes {flat}')
+
+@patch
+def add_param_group(self:BaseOptimizer, group): # dict with `params` and options
+    "Add a group; raises `ValueError` for an option that is wrong or unknown."
+    super(BaseOptimizer, self).add_param_group(group)
+    try: self.check(self.param_groups[-1])
+    except ValueError:
+        del self.param_groups[-1]
+        raise
+
 # %% ../nbs/12_optimizers.ipynb #120343
 def _muon_groups(params, hidden):
     "Groups of those parameters, or pairs (name, parameter), that are among `hidden`, and of the others."
@@ -318,46 +358,6 @@ def cleanup_epoch(self:EMA, learn): self.show(learn.epoch + 1 >= learn.n_epochs)
 def cleanup_fit(self:EMA, learn):
     self.show(not learn.failed)
     self.params = self.mean = None
-
-# %% ../nbs/12_optimizers.ipynb #120220
-_OFF = dict(maximize=False, amsgrad=False, dampening=0, centered=False, capturable=False,
-            differentiable=False, foreach=None, fused=None)
-
-@patch
-def refuse_foreign(self:BaseOptimizer, group):
-    "Remove the options that only others have; raise `ValueError` for one that is not off."
-    neutral = _OFF | self.twin_options | {name: self.defaults[name] for name in self.names}
-    for name in group.keys() & (neutral.keys() - self.option_names(group)):
-        if (group[name] or None) != (neutral[name] or None):  # 0, False and None all mean off
-            raise ValueError(f'{type(self).__name__} expected {name}={neutral[name]}, got {group[name]}')
-        del group[name]
-
-# %% ../nbs/12_optimizers.ipynb #120357
-_SHARES, _NUMBERS = ('momentum', 'alpha', 'betas'), ('lr', 'weight_decay', 'eps', 'ratio', 'ns_steps')
-
-@patch
-def check(self:BaseOptimizer, group):
-    "Raise `ValueError` for a value or an option that is wrong."
-    for name in [name for name in _SHARES + _NUMBERS if name in group]:
-        value, bound = group[name], 1 if name in _SHARES else math.inf
-        try:
-            first, second = value if name == 'betas' else (value, value)
-            good = 0 <= first < bound and 0 <= second < bound
-        except (TypeError, ValueError, RuntimeError): good = False  # no number, too few, too many
-        below = ' and below 1' if name in _SHARES else ''
-        if not good: raise ValueError(f'expected {name} of at least 0{below}, got {value!r}')
-    self.options(group)
-    flat = [tuple(p.shape) for p in group['params'] if p.ndim < 2 and group.get('muon')]
-    if flat: raise ValueError(f'expected matrices in a group with muon=True, got shapes {flat}')
-
-@patch
-def add_param_group(self:BaseOptimizer, group): # dict with `params` and options
-    "Add a group; raises `ValueError` for an option that is wrong or unknown."
-    super(BaseOptimizer, self).add_param_group(group)
-    try: self.check(self.param_groups[-1])
-    except ValueError:
-        del self.param_groups[-1]
-        raise
 
 # %% ../nbs/12_optimizers.ipynb #120360
 @patch
