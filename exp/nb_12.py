@@ -28,52 +28,63 @@ def newton_schulz(g:Tensor, # matrix (m, n)
     x = x/x.norm().clamp(min=eps)                  # now no singular value is above one
     for _ in range(steps):
         xx = x @ x.T                               # (k, k)
-        x = torch.addmm(x, torch.addmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
+        factor = torch.addmm(xx, xx, xx, beta=b, alpha=c)  # b xx + c (xx @ xx)
+        x = torch.addmm(x, factor, x, beta=a)              # a x + factor @ x
     return (x if wide else x.T).to(g.dtype)
 
 # %% ../nbs/12_optimizers.ipynb #120337
 class BaseOptimizer(torch.optim.Optimizer):
     "Base of optimizers: write `update(params, grads, **options)`, for lists of one dtype on one device."
-    twin, twin_options, sparse = None, {}, False  # PyTorch's class, its options; are sparse gradients taken?
+    twin, sparse = None, False  # PyTorch's class for the same rule; are sparse gradients taken?
+    def __init_subclass__(cls): cls.twin_options = cls.twin([torch.zeros(1, 1)]).defaults if cls.twin else {}
     def __init__(self, params, # iterable of Tensors, pairs (name, Tensor), or groups: dicts with options
                  **options): # name -> value for the groups that don't say
         self.names = frozenset(options)
         super().__init__(params, options)
 
-    def own(self, group): return self.names  # of the options that such a group has
-    def options(self, group): return {name: group[name] for name in self.own(group)}
+    def option_names(self, group): return self.names  # which of them such a group has
 
     def step(self, closure=None): # called first, with gradients on, if given; what it returns is returned
         "Update all parameters that have a gradient, in lists of one kind."
         loss = None if closure is None else torch.enable_grad()(closure)()
-        lists = []
-        for group in self.param_groups:
-            options, kinds = self.options(group), {}
-            for p in group['params']:
-                g = p.grad
-                if g is not None: kinds.setdefault((g.layout, p.dtype, p.device, type(p)), []).append(p)
-            for (layout, _, device, _), params in kinds.items():
-                if layout is not torch.strided and (not self.sparse or options.get('weight_decay')):
-                    raise RuntimeError(f'{type(self).__name__} does not support sparse gradients '
-                                       '(SGD without weight decay does)')
-                lr = options.get('lr')
-                if isinstance(lr, Tensor): options = options | dict(lr=lr.to(device))
-                lists.append((params, options))
+        lists = [pair for group in self.param_groups for pair in self.lists(group)]
         with torch.no_grad():
             for params, options in lists: self.update(params, [p.grad for p in params], **options)
         return loss
 
+    def lists(self, group) -> list: # of pairs (parameters, options)
+        "The parameters of a group that have a gradient, in lists of one kind."
+        options, kinds, found = self.options(group), {}, []
+        for p in group['params']:
+            g = p.grad
+            if g is not None: kinds.setdefault((g.layout, p.dtype, p.device, type(p)), []).append(p)
+        for (layout, _, device, _), params in kinds.items():
+            if layout is not torch.strided and (not self.sparse or options.get('weight_decay')):
+                raise RuntimeError(f'{type(self).__name__} does not support sparse gradients with {options}')
+            lr = options.get('lr')
+            if isinstance(lr, Tensor): options = options | dict(lr=lr.detach().reshape(()).to(device))
+            found.append((params, options))
+        return found
+
 # %% ../nbs/12_optimizers.ipynb #120338
+@patch
+def options(self:BaseOptimizer, group) -> dict: # name -> value
+    "Those of a group; raises `ValueError` for one that is wrong, or that only others have."
+    names, lr = self.option_names(group), group.get('lr', 0)
+    if len(group) > len(names) + 1: self.refuse_foreign(group)  # there is more than these and `params`
+    if not isinstance(lr, Tensor) and not lr >= 0: self.check(group)  # below zero, or nan
+    return {name: group[name] for name in names}
+
 @patch
 def recall(self:BaseOptimizer, params, name:str, like=None) -> list: # of Tensors, to be changed in place
     "What `state` remembers of each parameter under `name`: zeros at first, like it or like `like`."
-    likes = params if like is None else [like]*len(params)
-    found, dtype, device = [], likes[0].dtype, likes[0].device
-    for p, like in zip(params, likes):
-        record = self.state[p]
+    found, first = [], params[0] if like is None else like
+    dtype, device = first.dtype, first.device
+    for p in params:
+        record, form = self.state[p], p if like is None else like
         v = record.get(name)
-        if v is None: v = record[name] = torch.zeros_like(like)
-        elif v.dtype is not dtype or v.device != device: v = record[name] = torch.empty_like(like).copy_(v)
+        if v is None: v = record[name] = torch.zeros_like(form)
+        elif v.dtype is not dtype or v.device != device: v = record[name] = torch.empty_like(form).copy_(v)
         found.append(v)
     return found
 
@@ -81,8 +92,8 @@ def recall(self:BaseOptimizer, params, name:str, like=None) -> list: # of Tensor
 def count(self:BaseOptimizer, params) -> list: # of 0-d Tensors
     "How many steps each parameter has taken, with this one."
     one = torch.ones((), device=params[0].device)
-    steps = self.recall(params, 'step', one)
-    torch._foreach_add_(steps, [one]*len(steps))
+    steps = self.recall(params, 'step', like=one)
+    torch._foreach_add_(steps, [one]*len(steps))  # on a CPU faster than to add the number 1
     return steps
 
 # %% ../nbs/12_optimizers.ipynb #120392
@@ -98,6 +109,13 @@ def _listened(step):
 
 BaseOptimizer.profile_hook_step = staticmethod(_listened)  # what PyTorch puts around each `step`
 
+@patch
+def zero_grad(self:BaseOptimizer, set_to_none:bool=True): # None instead of zeros
+    "Forget all gradients."
+    if set_to_none and not torch.autograd._profiler_enabled():
+        for p in [p for group in self.param_groups for p in group['params']]: p.grad = None
+    else: super(BaseOptimizer, self).zero_grad(set_to_none)
+
 # %% ../nbs/12_optimizers.ipynb #120214
 def _descend(params, steps, lr):
     "One step of size `lr`, a number or a tensor, against each of `steps`."
@@ -106,12 +124,11 @@ def _descend(params, steps, lr):
 
 def _fused(kernel, params, grads, remembered, *lists, **options):
     "Run a kernel of PyTorch's over the lists and return True, or return False where it doesn't fit."
-    p, strides = params[0], [p.stride() for p in params]
-    plain = type(p) in (Tensor, nn.Parameter) and p.is_floating_point() and not grads[0].is_sparse
-    if not plain or p.device.type not in ('cpu', 'cuda') or torch.compiler.is_compiling(): return False
-    if strides != [v.stride() for v in remembered]: return False  # gaps in memory
-    found = zip(params, grads, strides)
-    grads = [g if g.stride() == stride else torch.empty_like(p).copy_(g) for p, g, stride in found]
+    first, order = params[0], [p.stride() for p in params]
+    plain = type(first) in (Tensor, nn.Parameter) and first.is_floating_point() and not grads[0].is_sparse
+    if not plain or first.device.type not in ('cpu', 'cuda') or torch.compiler.is_compiling(): return False
+    if order != [v.stride() for v in remembered]: return False  # gaps in memory
+    grads = [g if g.stride() == s else torch.empty_like(p).copy_(g) for p, g, s in zip(params, grads, order)]
     kernel(params, grads, remembered, *lists, maximize=False, **options)
     torch.autograd.graph.increment_version(params)
     return True
@@ -130,7 +147,7 @@ class SGD(BaseOptimizer):
 
     def update(self, params, grads, lr, momentum, weight_decay, nesterov):
         sums = self.recall(params, 'momentum_buffer') if momentum else []
-        full = params[0].dtype in (torch.float32, torch.float64)  # in half precision the kernel errs on CPUs
+        full = params[0].dtype in (torch.float32, torch.float64)  # the kernel errs in half precision on CPUs
         if momentum and full and _fused(torch._fused_sgd_, params, grads, sums, lr=lr, momentum=momentum,
                                         weight_decay=weight_decay, dampening=0., nesterov=nesterov,
                                         is_first_step=False): return
@@ -165,15 +182,15 @@ class RMSProp(BaseOptimizer):
         _descend(params, torch._foreach_div(grads, roots), lr)
 
 # %% ../nbs/12_optimizers.ipynb #120182
-def _adam_step(opt, params, grads, lr, betas, eps, weight_decay, apart):
-    "A step of Adam, with the decay in the gradient or `apart` from it (AdamW)."
+def _adam_step(opt, params, grads, decoupled, lr, betas, eps, weight_decay):
+    "A step of Adam, with the decay in the gradient or `decoupled` from it (AdamW)."
     means, squares, steps = opt.recall(params, 'exp_avg'), opt.recall(params, 'exp_avg_sq'), opt.count(params)
-    kernel = torch._fused_adamw_ if apart else torch._fused_adam_
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     if _fused(kernel, params, grads, means, squares, [], steps, lr=lr, beta1=betas[0], beta2=betas[1],
               weight_decay=weight_decay, eps=eps, amsgrad=False): return
     for p, g, m, v, t in zip(*_real(params, grads, means, squares), steps):
         t = t.cpu().double()
-        if apart: p.mul_(1 - lr*weight_decay)
+        if decoupled: p.mul_(1 - lr*weight_decay)
         else: g = g + weight_decay*p
         m.lerp_(g, 1 - betas[0])
         v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
@@ -182,7 +199,7 @@ def _adam_step(opt, params, grads, lr, betas, eps, weight_decay, apart):
 # %% ../nbs/12_optimizers.ipynb #120341
 class Adam(BaseOptimizer):
     "Running means of gradients and of their squares, with bias correction (Kingma and Ba, 2015)."
-    twin, apart = torch.optim.Adam, False
+    twin, decoupled = torch.optim.Adam, False
     def __init__(self, params, # iterable of Tensors, or of groups: dicts with `params` and options
                  lr:float=1e-3, # learning rate: about the size of a step
                  betas=(0.9, 0.999), # shares of the two running means that are kept, below 1
@@ -190,21 +207,78 @@ class Adam(BaseOptimizer):
                  weight_decay:float=0.): # times the weights is added to the gradient
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    def update(self, params, grads, **options): _adam_step(self, params, grads, apart=self.apart, **options)
+    def update(self, params, grads, **options): _adam_step(self, params, grads, self.decoupled, **options)
 
 class AdamW(Adam):
-    "Adam with weight decay apart from the gradient (Loshchilov and Hutter, 2019)."
-    twin, apart = torch.optim.AdamW, True
+    "Adam with weight decay decoupled from the gradient (Loshchilov and Hutter, 2019)."
+    twin, decoupled = torch.optim.AdamW, True
     def __init__(self, params, lr:float=1e-3, betas=(0.9, 0.999), eps:float=1e-8, # as in `Adam`
                  weight_decay:float=1e-2): # the weights shrink by lr times this at each step
         super().__init__(params, lr, betas, eps, weight_decay)
 
+# %% ../nbs/12_optimizers.ipynb #120220
+_OFF = dict(maximize=False, amsgrad=False, dampening=0, centered=False, capturable=False,
+            differentiable=False, foreach=None, fused=None)
+
+@patch
+def refuse_foreign(self:BaseOptimizer, group):
+    "Remove the options that only others have; raise `ValueError` for one that is not off."
+    neutral = _OFF | self.twin_options | {name: self.defaults[name] for name in self.names}
+    for name in group.keys() & (neutral.keys() - self.option_names(group)):
+        if (group[name] or None) != (neutral[name] or None):  # 0, False and None all mean off
+            raise ValueError(f'{type(self).__name__} expected {name}={neutral[name]}, got {group[name]}')
+        del group[name]
+
+# %% ../nbs/12_optimizers.ipynb #120357
+_SHARES, _NUMBERS = ('momentum', 'alpha', 'betas'), ('lr', 'weight_decay', 'eps', 'ratio', 'ns_steps')
+
+@patch
+def check(self:BaseOptimizer, group):
+    "Raise `ValueError` for a value or an option that is wrong."
+    for name in [name for name in _SHARES + _NUMBERS if name in group]:
+        value, bound = group[name], 1 if name in _SHARES else math.inf
+        try:
+            first, second = value if name == 'betas' else (value, value)
+            good = 0 <= first < bound and 0 <= second < bound
+        except (TypeError, ValueError, RuntimeError): good = False  # no number, too few, too many
+        below = ' and below 1' if name in _SHARES else ''
+        if not good: raise ValueError(f'expected {name} of at least 0{below}, got {value!r}')
+    self.options(group)
+    flat = [tuple(p.shape) for p in group['params'] if p.ndim < 2 and group.get('muon')]
+    if flat: raise ValueError(f'expected matrices in a group with muon=True, got shapes {flat}')
+
+@patch
+def add_param_group(self:BaseOptimizer, group): # dict with `params` and options
+    "Add a group; raises `ValueError` for an option that is wrong or unknown."
+    super(BaseOptimizer, self).add_param_group(group)
+    try: self.check(self.param_groups[-1])
+    except ValueError:
+        del self.param_groups[-1]
+        raise
+
+# %% ../nbs/12_optimizers.ipynb #120343
+def _muon_groups(params, hidden):
+    "Groups of those parameters, or pairs (name, parameter), that are among `hidden`, and of the others."
+    matrices, others = [p for p in params if p in hidden], [p for p in params if p not in hidden]
+    groups = [dict(params=matrices, muon=True), dict(params=others, muon=False)]
+    return [group for group in groups if group['params']]
+
+def _muon_step(opt, params, grads, lr, weight_decay, momentum, nesterov, ns_steps, ns_dtype):
+    "A step of Muon, for matrices."
+    means = opt.recall(params, 'momentum_buffer')
+    torch._foreach_lerp_(means, grads, 1 - momentum)
+    torch._foreach_mul_(params, 1 - lr*weight_decay)
+    if nesterov: means = torch._foreach_lerp(grads, means, momentum)
+    for p, mean in zip(params, means):
+        step = newton_schulz(mean.flatten(1), ns_steps, dtype=ns_dtype)
+        rows, cols = step.shape
+        p.sub_(step.view_as(p)*(lr*math.sqrt(max(1, rows/cols))))
+
 # %% ../nbs/12_optimizers.ipynb #120064
 class Muon(BaseOptimizer):
-    """Momentum with singular values made one, for hidden matrices; AdamW for the rest (Jordan et al., 2024).
-    Of plain Tensors all matrices but the last count as hidden. `Muon.split_params(model)` knows better."""
+    "Momentum with singular values made one, for hidden matrices; AdamW for the rest (Jordan et al., 2024)."
     twin = getattr(torch.optim, 'Muon', None)  # since PyTorch 2.9
-    def __init__(self, params, # groups, such as those of `split_params`, or an iterable of Tensors
+    def __init__(self, params, # groups, as of `split_params`; or Tensors, all matrices but the last hidden
                  lr:float=1e-3, # learning rate of the matrices
                  weight_decay:float=0.1, # the weights shrink by their rate times this at each step
                  momentum:float=0.95, # share of the running mean that is kept, below 1
@@ -214,37 +288,21 @@ class Muon(BaseOptimizer):
                  ratio:float=0.1, # learning rate of AdamW as a share of `lr`
                  betas=(0.9, 0.95), # of AdamW
                  muon:bool=True): # whether a group that doesn't say is one of matrices
-        params = params if isinstance(params, Tensor) else list(params)
-        if len(params) and not isinstance(params[0], dict):
-            tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-            params = _muon_groups(params, [p for p in tensors if p.ndim >= 2][:-1])
+        params = list(params)
+        if params and not isinstance(params[0], dict):
+            matrices = [p for p in params if (p[1] if isinstance(p, tuple) else p).ndim >= 2]
+            params = _muon_groups(params, set(matrices[:-1]))
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                          ns_steps=ns_steps, ns_dtype=ns_dtype, ratio=ratio, betas=betas, muon=muon)
 
-    def own(self, group):
-        "Matrices have the options of momentum, the others those of AdamW."
-        others = {'ratio', 'betas'} if group['muon'] else {'momentum', 'nesterov', 'ns_steps', 'ns_dtype'}
-        return self.names - others
+    def option_names(self, group): # matrices lack the options of AdamW, the others those of momentum
+        lacks = {'ratio', 'betas'} if group['muon'] else {'momentum', 'nesterov', 'ns_steps', 'ns_dtype'}
+        return self.names - lacks
 
-# %% ../nbs/12_optimizers.ipynb #120343
-def _muon_groups(params, hidden):
-    "Groups of those parameters, or pairs (name, parameter), that are among `hidden`, and of the others."
-    groups, hidden = [dict(params=[], muon=True), dict(params=[], muon=False)], {id(p) for p in hidden}
-    for p in params: groups[id(p[1] if isinstance(p, tuple) else p) not in hidden]['params'].append(p)
-    return [group for group in groups if group['params']]
-
-@patch
-def update(self:Muon, params, grads, lr, weight_decay, muon, **options):
-    "A list of matrices, or one of other parameters."
-    if params[0].is_complex(): raise RuntimeError('Muon does not support complex weights')
-    ratio, betas = options.get('ratio'), options.get('betas')
-    if not muon: return _adam_step(self, params, grads, lr*ratio, betas, 1e-8, weight_decay, apart=True)
-    momentum, means = options['momentum'], self.recall(params, 'momentum_buffer')
-    torch._foreach_lerp_(means, grads, 1 - momentum)
-    torch._foreach_mul_(params, 1 - lr*weight_decay)
-    for p, g in zip(params, torch._foreach_lerp(grads, means, momentum) if options['nesterov'] else means):
-        step = newton_schulz(g.flatten(1), options['ns_steps'], dtype=options['ns_dtype'])  # (m, n)
-        p.sub_(step.view_as(g)*(lr*math.sqrt(max(1, step.shape[0]/step.shape[1]))))
+    def update(self, params, grads, lr, weight_decay, muon, ratio=None, betas=None, **of_matrices):
+        if params[0].is_complex(): raise RuntimeError('Muon does not support complex weights')
+        if muon: _muon_step(self, params, grads, lr, weight_decay, **of_matrices)
+        else: _adam_step(self, params, grads, True, lr*ratio, betas, 1e-8, weight_decay)
 
 # %% ../nbs/12_optimizers.ipynb #120069
 class EMA(Callback):
@@ -280,7 +338,7 @@ def show(self:EMA, averaged):
         p.data.copy_(mean)
         mean.copy_(kept)
     self.averaged = averaged
-    torch.clear_autocast_cache()
+    torch.clear_autocast_cache()  # its half-precision copies of the weights are out of date
 
 @patch
 @contextmanager
@@ -301,80 +359,22 @@ def cleanup_fit(self:EMA, learn):
     self.show(not learn.failed)
     self.params = self.mean = None
 
-# %% ../nbs/12_optimizers.ipynb #120220
-for _cls in (SGD, RMSProp, Adam, AdamW, Muon):
-    if _cls.twin: _cls.twin_options = _cls.twin([torch.zeros(1, 1)]).defaults
-_OFF = dict(maximize=False, amsgrad=False, dampening=0, centered=False, capturable=False,
-            differentiable=False, foreach=None, fused=None)
-
-@patch
-def options(self:BaseOptimizer, group) -> dict: # name -> value
-    "Those of a group; raises `ValueError` for one that only others have, unless it is off: then forgets it."
-    own = self.own(group)
-    options, lr = {name: group[name] for name in own}, group.get('lr', 0)
-    if len(options) + 1 < len(group):  # there is more than these and `params`
-        usual = _OFF | self.twin_options | {name: self.defaults[name] for name in self.names}
-        for name in group.keys() & (usual.keys() - own):
-            if (group[name] or None) != (usual[name] or None):
-                raise ValueError(f'expected {name}={usual[name]}, got {group[name]}: '
-                                 f'{type(self).__name__} has only that')
-            del group[name]
-    if isinstance(lr, Tensor): options['lr'] = lr.detach().reshape(())  # reading it would be slow
-    elif not lr >= 0: self.check(group)
-    return options
-
-# %% ../nbs/12_optimizers.ipynb #120357
-_SHARES = dict(momentum=(1,), alpha=(1,), betas=(1, 1))  # the numbers of an option are below these
-_LIMITS = _SHARES | dict.fromkeys(('lr', 'weight_decay', 'eps', 'ratio', 'ns_steps'), (math.inf,))
-
-@patch
-def check(self:BaseOptimizer, group):
-    "Raise `ValueError` for a value or an option that is wrong."
-    for name in [name for name in _LIMITS if name in group]:
-        value, limits = group[name], _LIMITS[name]
-        numbers = value if len(limits) > 1 else [value]
-        try: good = all(0 <= number < limit for number, limit in zip(numbers, limits, strict=True))
-        except (TypeError, ValueError, RuntimeError): good = False  # no number, too few, too many
-        below = ' and below 1' if name in _SHARES else ''
-        if not good: raise ValueError(f'expected {name} of at least 0{below}, got {value!r}')
-    self.options(group)
-    flat = [tuple(p.shape) for p in group['params'] if p.ndim < 2] if group.get('muon') else []
-    if flat: raise ValueError(f'expected matrices in a group with muon=True, got shapes {flat}')
-
-@patch
-def add_param_group(self:BaseOptimizer, group): # dict with `params` and options
-    "Add a group; raises `ValueError` for an option that is wrong or unknown."
-    super(BaseOptimizer, self).add_param_group(group)
-    try: self.check(self.param_groups[-1])
-    except ValueError:
-        del self.param_groups[-1]
-        raise
-
-# %% ../nbs/12_optimizers.ipynb #120398
-@patch
-def zero_grad(self:BaseOptimizer, set_to_none:bool=True): # None instead of zeros
-    "Forget all gradients."
-    if not set_to_none or torch.autograd._profiler_enabled():
-        return super(BaseOptimizer, self).zero_grad(set_to_none)
-    for group in self.param_groups:
-        for p in group['params']: p.grad = None
-
 # %% ../nbs/12_optimizers.ipynb #120360
 @patch
 def state_dict(self:BaseOptimizer):
     "State and options, as the twin writes and reads them."
     found = super(BaseOptimizer, self).state_dict()
-    lacking = {name: value for name, value in self.twin_options.items() if name not in self.names}
-    for group in found['param_groups']: group.update(lacking)
+    for group in found['param_groups']:
+        for name in self.twin_options.keys() - self.names: group[name] = self.twin_options[name]
     return found
 
 @patch
 def __setstate__(self:BaseOptimizer, state):
     "The end of unpickling, and of loading, which takes over everything or, with a `ValueError`, nothing."
     if 'defaults' in state: self.names = frozenset(state['defaults'])  # unpickling
-    for group, old in zip(state['param_groups'], vars(self).get('param_groups', [])):
+    for group, old in zip(state['param_groups'], vars(self).get('param_groups', [])):  # loading
         for name in {'foreach', 'fused'} - self.names: group.pop(name, None)  # say how, not what
-        for name in self.own(old) & old.keys(): group.setdefault(name, old[name])
+        for name in self.option_names(old) & old.keys(): group.setdefault(name, old[name])
         self.check(group)
         for p in group['params'] if self.twin else []: _fit_record(p, state['state'].get(p, {}))
     super(BaseOptimizer, self).__setstate__(state)
@@ -389,30 +389,30 @@ def _fit_record(p, record):
 
 # %% ../nbs/12_optimizers.ipynb #120216
 _TABLES = (nn.Embedding, nn.EmbeddingBag, nn.AdaptiveLogSoftmaxWithLoss)  # a row for each word or class
-_ADDED = (r'((?i:norm|emb|scale|^pos)|Pos)\w*\.|'
-          r'(?i:\.(\w*(bias|gain|gamma|scale|norm|emb|token|cls|mask|table)|(\w*_)?pos))')
+_ADDED_LAYER = r'(?i:norm|emb|scale|^pos)|Pos'
+_ADDED = r'(?i:bias|gain|gamma|scale|norm|emb|token|cls|mask|table|(^|_)pos)'
 _HEAD = (r'^(fc|policy|value|output|)$|'
          r'(^|[._])(heads?|heads\.\w+|classifier|logits|actor|critic|[a-z]+_embed)$')
 
 def _matrices(module):
-    "Of the parameters of a module and its parts, those that an input is multiplied by, in order."
+    "Of the parameters of a module and its parts, those that multiply an input, in order."
     found = []
     for part in module.modules():
-        holds_layers = any(True for child in part.children() for _ in child.parameters())
+        if re.search(_ADDED_LAYER, type(part).__name__): continue
+        holds_layers = any(list(child.parameters()) for child in part.children())
         for name, p in part.named_parameters(recurse=False):
-            kind = f'{type(part).__name__}.{name}'
-            if holds_layers and 'weight' not in name or re.search(_ADDED, kind): continue
-            if p.ndim > 1 and min(p.flatten(1).shape) > 1: found.append(p)
+            added = re.search(_ADDED, name) or holds_layers and 'weight' not in name
+            if not added and p.ndim > 1 and min(p.flatten(1).shape) > 1: found.append(p)
     return found
 
 def _split_params(*modules): # nn.Modules, such as `learn.modules`
-    """Groups for `Muon` by what a parameter is for: weights of hidden layers; embeddings, heads, biases, ...
-    A head is the last matrix of a module, and of each part whose name says so."""
+    "Groups for `Muon`: hidden matrices; and the others, with the last matrix of each head and of the whole."
     params = dict.fromkeys(p for top in modules for p in top.parameters())
     hidden = {p for top in modules for p in _matrices(top)}
-    for name, part in [named for top in modules for named in top.named_modules()]:
-        if isinstance(part, _TABLES): hidden -= set(part.parameters())
-        if re.search(_HEAD, name): hidden -= set(_matrices(part)[-1:])
+    for top in modules:
+        for name, part in top.named_modules():
+            if isinstance(part, _TABLES): hidden -= set(part.parameters())
+            if re.search(_HEAD, name): hidden -= set(_matrices(part)[-1:])
     return _muon_groups(params, hidden)
 
 Muon.split_params = staticmethod(_split_params)
