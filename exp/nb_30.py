@@ -168,8 +168,11 @@ class Recording:
         self.parts = _Parts(learn.modules, forward)
         named = dict(self.parts.named_parameters()) | dict(self.parts.named_buffers())
         self.names, self.tensors = [*named], [*named.values(), *more]
-        with _undisturbed(learn, self.parts):
-            gm = trace(self.step, *self.tensors, torch.ones(()), *[fields[i] for i in self.places])
+        gm, self.one = None, torch.ones((), device=trained[0].device if trained else None)
+        while gm is None or self.one.dtype != self.loss_dtype:  # the seed is of the dtype of the loss
+            if gm: self.one = self.one.to(self.loss_dtype)
+            with _undisturbed(learn, self.parts):
+                gm = trace(self.step, *self.tensors, self.one, *[fields[i] for i in self.places])
         simplify(gm.graph)
         self.tensors = [*_lift(gm), *self.tensors]  # what else the graph holds comes first
         self.graphs = halves(gm, len(self.tensors), self.n_preds + 1)
@@ -187,7 +190,8 @@ class Recording:
         preds, self.form = tree_flatten(pred)
         self.n_preds, self.is_tensor = len(preds), isinstance(pred, Tensor)
         self.tracked = [i for i, p in enumerate(preds) if isinstance(p, Tensor) and p.requires_grad]
-        if loss.ndim or loss.dtype != seed.dtype: seed = seed.to(loss.dtype).reshape(loss.shape)
+        self.loss_dtype, seed = loss.dtype, seed.to(loss.dtype)
+        if loss.ndim: seed = seed.reshape(loss.shape)
         grads = torch.autograd.grad(loss, trained, seed, allow_unused=True)
         return *preds, loss, *self.finish(trained, grads, [*inputs, *self.trained], of)
 
@@ -328,7 +332,6 @@ def look(self:Record, learn):
     others = [p for group in learn.opt.param_groups for p in group['params']]
     self.params = [*dict.fromkeys([*(p for m in learn.modules for p in m.parameters()), *others])]
     self.device = self.params[0].device
-    self.one = torch.ones((), device=self.device)
 
 # %% ../nbs/30_speed.ipynb #300111
 no_autocast = getattr(torch._C, '_DisableAutocast', nullcontext)  # a recording has the 16 bits in it
@@ -375,10 +378,10 @@ def hand_over(self:Record, learn): # in place of the step `get_loss`
 def come_back(self:Record, learn): # in place of the step `backward`
     "The second half: gradients, of the loss or of what callbacks have made of it."
     if self.recording is None: return self.plain[2]()
-    seed = self.one
+    seed = self.recording.one
     if learn.loss is not self.loss:
         learn.loss.backward()
-        seed = self.loss.grad
+        seed = None if self.loss.grad is None else self.loss.grad.reshape(())
         if any(isinstance(pred, Tensor) and pred.grad is not None for pred in self.preds):
             raise ValueError(f'expected a loss made of the recorded one, got one made of pred: with '
                              f'{type(self).__name__} the Learner needs a get_loss that computes all of it')
@@ -539,7 +542,7 @@ def _memory(opt):
         params = [p for p in group['params'] if p.requires_grad]
         if isinstance(opt, RMSProp): names = ['step', 'square_avg']
         elif isinstance(opt, SGD) or group.get('muon'): names = ['momentum_buffer'] if group['momentum'] else []
-        else: names = ['step', 'exp_avg', 'exp_avg_sq']
+        else: names = ['exp_avg', 'exp_avg_sq', 'step']
         for name in names if params else ():
             like = torch.zeros((), device=params[0].device) if name == 'step' else None
             for p, t in zip(params, opt.recall(params, name, like)): found.setdefault(p, {})[name] = t
@@ -557,7 +560,7 @@ def _options(opt, group, rates):
         if name not in group: continue
         found[name] = (next(rates), next(rates)) if name == 'betas' else next(rates)
         if name in ('momentum', 'weight_decay') and not group[name]: found[name] = None
-    return {name: found[name] for name in opt.own(group)}
+    return {name: found[name] for name in opt.option_names(group)}
 
 # %% ../nbs/30_speed.ipynb #300130
 @patch

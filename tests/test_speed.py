@@ -86,6 +86,14 @@ class Wilder(Callback):
     def after_step(self, learn):
         if learn.iter == 4: learn.validate()
 
+class OneNumber(Learner):
+    "A loss of shape (1,), which PyTorch takes as well."
+    def get_loss(self): self.loss = F.cross_entropy(self.pred, self.yb).reshape(1)
+
+def test_a_loss_of_one_number():
+    for cbs in ([], [GradientAccumulation(2)]): assert_same(train(cbs, cls=OneNumber), train([Record(), *cbs], cls=OneNumber))
+
+
 COMPANY = {'clip': lambda: [GradientClip(0.1)], 'accumulate': lambda: [GradientAccumulation(3)], 'EMA': lambda: [EMA(0.9)],
            'accumulate, clip, bf16': lambda: [GradientAccumulation(3), GradientClip(0.1), MixedPrecision()], 'bf16': lambda: [MixedPrecision()],
            'one cycle': lambda: [Scheduler(lr=sched_one_cycle(0.01, 0.3, 0.001))], 'transform': lambda: [BatchTransform(mixed_up)],

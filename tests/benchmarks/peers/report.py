@@ -99,6 +99,7 @@ def front_table(works, machine):
     mlp, tiny = works['mlp'], works['tiny']
     def columns(library, variant):
         row = name_of((library, variant))
+        if row not in mlp: return '', ''
         return interval(mlp[row]['ratio']), number(tiny[row]['over_us']['median'], 0)
     def accuracies(library): return dict.fromkeys(f"{r['accuracy']:.4f}" for r in mlp.values() if r['library'] == library)
     lines = [[lib, *columns(lib, 'lean'), *columns(lib, 'defaults'), ' / '.join(accuracies(lib))] for lib in libraries_of(mlp)]
@@ -155,14 +156,15 @@ def draw(works, path):
     "Bars from the loop by hand to each library: to the left the faster ones, to the right the slower."
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-    fig = Figure(figsize=(10, 5), layout='constrained')
+    fig = Figure(figsize=(10, 6.5), layout='constrained')
     axes = fig.subplots(1, 2, sharey=True)
     libraries = libraries_of(works['mlp'])[::-1]
     for ax, name, title in zip(axes, ('mlp', 'tiny'), ('An epoch of digits', 'A model too small to matter')):
         rows = works[name]
         for variant, color, shift in (('lean', 'tab:blue', 0.2), ('defaults', 'tab:orange', -0.2)):
-            s = [rows[name_of((library, variant))]['ratio'] for library in libraries]
-            y, mid = [i + shift for i in range(len(libraries))], [r['median'] for r in s]
+            names = [name_of((library, variant)) for library in libraries]
+            s = [rows[name]['ratio'] for name in names if name in rows]
+            y, mid = [i + shift for i, name in enumerate(names) if name in rows], [r['median'] for r in s]
             errors = [[r['median'] - r['low'] for r in s], [r['high'] - r['median'] for r in s]]
             ax.barh(y, [m - 1 for m in mid], 0.38, left=1, xerr=errors, color=color, label=variant, error_kw=dict(lw=1, capsize=2))
             for yi, r in zip(y, s):

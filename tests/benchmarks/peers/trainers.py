@@ -6,6 +6,7 @@ of its own. Lean is the fastest that a library's documentation offers for data i
 defaults is what its first tutorial gives, with 0 worker processes, which would only slow down data in memory.
 """
 import logging
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -114,10 +115,20 @@ def learner(job, variant, opt_func, *cbs, ready=False):
     valid_dl = DataLoader(Dataset(job.x_valid, job.y_valid), 2*job.bs) if job.has_valid else None
     options = dict(opt_func=opt_func, lr=job.lr, metrics=accuracy, progress=not lean, cbs=cbs)
     learn = (Lean if lean else Learner)(job.model, (train_dl, valid_dl), **options)
+    if ready: _compile_now(learn)
     def run():
         learn.fit(1)
         return learn.results.get('accuracy')
     return run
+
+
+def _compile_now(learn):
+    "Train on two batches, so that all is compiled, and put the weights back."
+    first = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    state = learn.dls[0].sampler.generator.get_state()
+    learn.fit(1, max_batches=2)
+    learn.model.load_state_dict(first)
+    learn.dls[0].sampler.generator.set_state(state)
 
 
 @row('fastai', 'lean', 'defaults')
@@ -299,3 +310,104 @@ def _copy(ours, theirs, into_keras):
         view = v.value.permute(3, 2, 0, 1) if p.ndim == 4 else v.value.T if p.ndim == 2 else v.value
         if into_keras: view.copy_(p)
         else: p.copy_(view)
+
+
+@row('JAX', 'lean', 'defaults')
+def jax_optax(job, variant):
+    """XLA told to use one thread. Defaults: a jitted step of optax.sgd, fed with numpy batches; accuracy by a jitted function.
+    Lean: `lax.scan` over the whole epoch, the rows gathered inside. Compiling is not timed."""
+    import jax, optax
+    import jax.numpy as jnp
+    apply, params = _jax_model(jax, jnp, job.model)
+    opt = optax.sgd(job.lr)
+    def loss(params, x, y): return optax.softmax_cross_entropy_with_integer_labels(apply(params, x), y).mean()
+    def step(params, state, x, y):
+        updates, state = opt.update(jax.grad(loss)(params, x, y), state)
+        return optax.apply_updates(params, updates), state
+    def scan(params, state, x, y, order):
+        def body(carry, idxs): return step(*carry, x[idxs], y[idxs]), None
+        return jax.lax.scan(body, (params, state), order)[0]
+    def right(params, x, y): return (apply(params, x).argmax(-1) == y).sum()
+    x, y, state = job.x.numpy(), job.y.numpy().astype('int32'), opt.init(params)
+    order = _order(job)
+    if variant == 'lean':
+        x, y = jnp.asarray(x), jnp.asarray(y)
+        train = jax.jit(scan).lower(params, state, x, y, order).compile()
+    else: train = jax.jit(step).lower(params, state, x[order[0]], y[order[0]]).compile()
+    count, slices = jax.jit(right), [(xb.numpy(), yb.numpy()) for xb, yb in job.slices()]
+    for xb, yb in {len(xb): (xb, yb) for xb, yb in slices}.values(): count(params, xb, yb)
+    def run():
+        now = params, state
+        if variant == 'lean': now = train(*now, x, y, order)
+        else:
+            for idxs in order: now = train(*now, x[idxs], y[idxs])
+        total = sum(count(now[0], xb, yb) for xb, yb in slices)
+        _from_jax(job.model, jax.block_until_ready(now[0]))
+        return total.item()/len(job.x_valid) if job.has_valid else None
+    return run
+
+
+@row('Flax NNX', 'defaults', works=('mlp', 'tiny'))
+def flax_nnx(job, variant):
+    "XLA told to use one thread. Its tutorial's train step under nnx.jit, with nnx.Optimizer and optax.sgd, fed with numpy batches."
+    import jax, optax
+    import jax.numpy as jnp
+    from flax import nnx
+    class Net(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.layers = nnx.List([nnx.Linear(l.in_features, l.out_features, rngs=rngs) for l in _leaves(job.model) if isinstance(l, nn.Linear)])
+        def __call__(self, x):
+            for layer in self.layers[:-1]: x = nnx.relu(layer(x))
+            return self.layers[-1](x)
+    net, linears = Net(), [l for l in _leaves(job.model) if isinstance(l, nn.Linear)]
+    for mine, theirs in zip(net.layers, linears):
+        mine.kernel[...], mine.bias[...] = jnp.asarray(theirs.weight.detach().numpy().T), jnp.asarray(theirs.bias.detach().numpy())
+    opt = nnx.Optimizer(net, optax.sgd(job.lr), wrt=nnx.Param)
+    def loss(net, x, y): return optax.softmax_cross_entropy_with_integer_labels(net(x), y).mean()
+    @nnx.jit
+    def train(net, opt, x, y): opt.update(net, nnx.grad(loss)(net, x, y))
+    @nnx.jit
+    def right(net, x, y): return (net(x).argmax(-1) == y).sum()
+    x, y, order = job.x.numpy(), job.y.numpy().astype('int32'), _order(job)
+    first = nnx.state(net)
+    train(net, opt, x[order[0]], y[order[0]])
+    nnx.update(net, first)
+    slices = [(xb.numpy(), yb.numpy()) for xb, yb in job.slices()]
+    for xb, yb in {len(xb): (xb, yb) for xb, yb in slices}.values(): right(net, xb, yb)
+    def run():
+        for idxs in order: train(net, opt, x[idxs], y[idxs])
+        total = sum(right(net, xb, yb) for xb, yb in slices)
+        with torch.no_grad():
+            for mine, theirs in zip(net.layers, linears):
+                theirs.weight.copy_(_tensor(mine.kernel[...]).T)
+                theirs.bias.copy_(_tensor(mine.bias[...]))
+        return total.item()/len(job.x_valid) if job.has_valid else None
+    return run
+
+
+def _order(job):
+    "The rows of each batch in the common order, (batches, rows)."
+    order = torch.randperm(len(job.x), generator=torch.Generator().manual_seed(SEED))
+    return order[:len(job.batches())*job.bs].view(-1, job.bs).numpy().astype('int32')
+
+def _leaves(model): return [m for m in model.modules() if not [*m.children()]]
+def _tensor(array): return torch.from_numpy(np.array(array))
+
+def _jax_model(jax, jnp, model):
+    "A torch model as a function of parameters and a batch, and its parameters: a pair (weight, bias) a layer."
+    layers = _leaves(model)
+    params = [tuple(jnp.asarray(p.detach().numpy()) for p in layer.parameters()) for layer in layers]
+    def apply(params, x):
+        for layer, p in zip(layers, params):
+            if isinstance(layer, nn.Linear): x = x @ p[0].T + p[1]
+            elif isinstance(layer, nn.ReLU): x = jax.nn.relu(x)
+            elif isinstance(layer, nn.Flatten): x = x.reshape(len(x), -1)
+            else: x = jax.lax.conv_general_dilated(x, p[0], layer.stride, 'VALID') + p[1][:, None, None]
+        return x
+    return apply, params
+
+@torch.no_grad()
+def _from_jax(model, params):
+    for layer, arrays in zip(_leaves(model), params):
+        for p, array in zip(layer.parameters(), arrays): p.copy_(_tensor(array))
