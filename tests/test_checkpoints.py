@@ -18,7 +18,7 @@ from exp.nb_11 import Scheduler, get_rng_state, sched_cos, sched_one_cycle
 from exp.nb_12 import EMA, SGD, AdamW, Muon
 from exp.nb_13 import (Checkpoint, CheckpointError, EarlyStopping, SaveBest, _checkpoints, _seal, atomic_write, last_checkpoint, load_checkpoint,
                        load_weights, read_checkpoint, save_checkpoint, save_weights)
-from exp.nb_30 import MixedPrecision
+from exp.nb_30 import MixedPrecision, Record
 
 ROOT = Path(__file__).parent.parent
 EPOCHS, BATCHES = 2, 5
@@ -91,7 +91,9 @@ SETTINGS = {
     'an option that a callback changes': (dict(opt_func=AdamW), lambda: [LessDecay()]),
     'accumulation': (dict(opt_func=torch.optim.SGD), lambda: [GradientAccumulation(2)]),
     'random numbers at every event': (dict(opt_func=torch.optim.Adam), lambda: [Draws(), EMA(0.5)]),
-    'device': (dict(opt_func=torch.optim.Adam), lambda: [cycle(), Device('cpu')])}
+    'device': (dict(opt_func=torch.optim.Adam), lambda: [cycle(), Device('cpu')]),
+    'recorded': (dict(opt_func=AdamW), lambda: [cycle(), Record(), EMA(0.9)]),
+    'recorded, accumulation': (dict(opt_func=Muon), lambda: [GradientAccumulation(2), MixedPrecision(), Record()])}
 
 @pytest.mark.parametrize('options, make_cbs', SETTINGS.values(), ids=SETTINGS)
 def test_resumed_after_any_batch(options, make_cbs, tmp_path):
