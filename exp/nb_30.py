@@ -158,7 +158,7 @@ class Recording:
     "What a Learner does with one kind of batch, as two lists of operations: to the loss, and back."
     def __init__(self, learn, predict, get_loss, # its steps
                  trained, # parameters that need gradients
-                 fields, form, # of a batch, in a list; what `tree_flatten` says of its form, or None for a tuple
+                 fields, form, # of a batch, as a list; its form, from `tree_flatten`, or None for a tuple
                  more=(), # other Tensors that `finish` needs
                  finish=_apart): # (parameters, gradients, other Tensors, of) -> what the second half gives
         self.trained, self.finish, self.by_loss_func = trained, finish, False
@@ -183,7 +183,7 @@ class Recording:
         self.tensors = [*_lift(gm), *self.tensors]  # what else the graph holds comes first
         self.graphs = halves(gm, len(self.tensors), self.n_preds + 1)
 
-# %% ../nbs/30_speed.ipynb #300291
+# %% ../nbs/30_speed.ipynb #300408
 @patch
 def step(self:Recording, *inputs): # its tensors, the seed, the fields of a batch
     "Predictions, loss, and what `finish` makes of the gradients."
@@ -297,7 +297,7 @@ class Record(Callback):
 
     def cleanup_fit(self, learn): self._let_go()
 
-# %% ../nbs/30_speed.ipynb #300296
+# %% ../nbs/30_speed.ipynb #300413
 @patch
 @contextmanager
 def around_pass(self:Record, learn):
@@ -316,7 +316,7 @@ def __setstate__(self:Record, state):
     self._forget()
     vars(self).update(state)
 
-# %% ../nbs/30_speed.ipynb #300300
+# %% ../nbs/30_speed.ipynb #300417
 @patch
 def own(self:Record, learn) -> list:
     "What a recording holds on to: all tensors of the modules, and the functions that they call, their hooks."
@@ -389,7 +389,7 @@ def hand_over(self:Record, learn): # in place of the step `get_loss`
                              'computes the loss with the prediction')
     learn.loss, learn.by_loss_func = self.loss.requires_grad_(), self.recording.by_loss_func
 
-# %% ../nbs/30_speed.ipynb #300305
+# %% ../nbs/30_speed.ipynb #300422
 @patch
 def come_back(self:Record, learn): # in place of the step `backward`
     "The second half: gradients, of the loss or of what callbacks have made of it."
@@ -449,7 +449,7 @@ def record(self:Record, learn, fields, form):
         return recording
     except Exception as error: return self.refuse(learn, error)
 
-# %% ../nbs/30_speed.ipynb #300308
+# %% ../nbs/30_speed.ipynb #300425
 @patch
 def build(self:Record, gm): return as_function(gm)
 
@@ -493,7 +493,7 @@ class Compile(Record):
 
 _OPTIONS = dict(fallback_random=True, size_asserts=False)  # random numbers as usual, no checks of itself
 
-# %% ../nbs/30_speed.ipynb #300315
+# %% ../nbs/30_speed.ipynb #300432
 @patch(nm='build')
 def _compile_build(self:Compile, gm):
     import torch._inductor
@@ -636,7 +636,7 @@ def update(self:Compile, opt, memory, trained, grads, others, of):
             with torch.no_grad(): _UPDATES[type(opt)](mine, by_id[id(mine)], state, **options)
     return ()
 
-# %% ../nbs/30_speed.ipynb #300321
+# %% ../nbs/30_speed.ipynb #300438
 @patch(nm='finish')
 def _compile_finish(self:Compile, learn, seed):
     if not self.steps: return super(Compile, self).finish(learn, seed)

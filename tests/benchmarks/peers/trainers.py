@@ -86,14 +86,14 @@ def exp_torch_sgd(job, variant):
 
 @row('exp, Record', 'lean', 'defaults', worker='exp')
 def exp_record(job, variant):
-    "Our SGD, and the callback `Record`: the step recorded once, and replayed."
+    "Our SGD, and the callback `Record`: the step recorded once, which is not timed, and replayed."
     from exp.nb_12 import SGD
     from exp.nb_30 import Record
-    return learner(job, variant, SGD, Record())
+    return learner(job, variant, SGD, Record(), ready=True)
 
 @row('exp, Compile', 'lean', 'defaults', worker='exp')
 def exp_compile(job, variant):
-    "Our SGD, and the callback `Compile`: what was recorded, compiled. The code lies on the disk: compiling it is not timed, but loading it is."
+    "Our SGD, and the callback `Compile`: what was recorded, compiled. Compiling is not timed."
     from exp.nb_12 import SGD
     from exp.nb_30 import Compile
     return learner(job, variant, SGD, Compile(), ready=True)
@@ -350,7 +350,7 @@ def jax_optax(job, variant):
 @row('Flax NNX', 'defaults', works=('mlp', 'tiny'))
 def flax_nnx(job, variant):
     "XLA told to use one thread. Its tutorial's train step under nnx.jit, with nnx.Optimizer and optax.sgd, fed with numpy batches."
-    import jax, optax
+    import optax
     import jax.numpy as jnp
     from flax import nnx
     class Net(nnx.Module):
