@@ -130,7 +130,9 @@ def _fused(kernel, params, grads, remembered, *lists, **options):
     if order != [v.stride() for v in remembered]: return False  # gaps in memory
     grads = [g if g.stride() == s else torch.empty_like(p).copy_(g) for p, g, s in zip(params, grads, order)]
     kernel(params, grads, remembered, *lists, maximize=False, **options)
-    torch.autograd.graph.increment_version(params)
+    try: torch.autograd.graph.increment_version(params)
+    except RuntimeError:  # before PyTorch 2.5 it takes one at a time
+        for p in params: torch.autograd.graph.increment_version(p)
     return True
 
 # %% ../nbs/12_optimizers.ipynb #120033

@@ -29,7 +29,8 @@ def trace(func, # of Tensors, such as one that gives a loss and its gradients
          ) -> fx.GraphModule: # its `graph` lists the operations
     "What `func` does with its inputs, as a list of PyTorch's operations. Raises what `func` raises."
     quiet = replaced.object(logging.getLogger('torch._subclasses.fake_tensor'), 'disabled', True)
-    with quiet, replaced.object(proxy_tensor, 'CONSTANT_NUMEL_LIMIT', 0):  # else single numbers are looked at
+    # the limit: else a tensor of one number would be recorded as that number
+    with quiet, replaced.object(proxy_tensor, 'CONSTANT_NUMEL_LIMIT', 0):
         return proxy_tensor.make_fx(func, tracing_mode='fake', _allow_non_fake_inputs=True)(*inputs)
 
 # %% ../nbs/30_speed.ipynb #300038
@@ -43,15 +44,16 @@ def simplify(graph): # fx.Graph; is changed
         else: continue
         node.replace_all_uses_with(same)
     for node in reversed(graph.nodes):
-        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, 'tags', ())
-        unused = node.op == 'call_function' and not node.users
-        if unused and not node.is_impure() and not is_random: graph.erase_node(node)
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, 'tags', ())
+        in_place = getattr(getattr(node.target, '_schema', None), 'is_mutable', False)
+        unused = node.op == 'call_function' and not node.users and not node.is_impure()
+        if unused and not random and not in_place: graph.erase_node(node)
 
 # %% ../nbs/30_speed.ipynb #300041
 def as_function(gm): # fx.GraphModule, as `trace` gives it
-    "A function of the same inputs that calls the operations one after the other; `text` is its source."
+    "A function of the same inputs that calls the operations in order; `text` is its source in short."
     names, args, lines, last_use = {}, [], [], {}
-    for node in gm.graph.nodes: last_use |= dict.fromkeys(node.all_input_nodes, node)
+    for node in gm.graph.nodes: last_use |= dict.fromkeys(node.all_input_nodes, node)  # a later one wins
     for node in gm.graph.nodes:
         if node.op == 'placeholder': args.append(node.name)
         elif node.op == 'get_attr': names[node.name] = attrgetter(node.target)(gm)
@@ -107,7 +109,7 @@ def halves(gm, # fx.GraphModule
     there = [n for n in nodes[:cut] if n.op != 'placeholder']
     ends = [n for n in results[n_first:] if isinstance(n, fx.Node)]
     needed = [n for node in nodes[cut:-1] for n in node.all_input_nodes] + ends
-    saved, again = {}, {}
+    saved, again = {}, {}  # sets of nodes, in order
     for node in needed: _supply(node, set(there), saved, again)
     first = _part(gm, inputs, there, [*results[:n_first], *saved])
     return first, _part(gm, [*inputs, *saved, seed], [*again, *nodes[cut:-1]], results[n_first:])
@@ -117,7 +119,8 @@ def _supply(node, there, saved, again):
     "What the second half needs of the first is saved; a mere view of it is made again."
     if node not in there: return
     returns = getattr(getattr(node.target, '_schema', None), 'returns', ())
-    if not any(r.alias_info and not r.alias_info.is_write for r in returns): saved[node] = None
+    is_view = any(r.alias_info and not r.alias_info.is_write for r in returns)  # shares memory with an input
+    if not is_view: saved[node] = None
     elif node not in again:
         for n in node.all_input_nodes: _supply(n, there, saved, again)
         again[node] = None
@@ -332,6 +335,7 @@ def _hooks(modules):
 def _same(olds, news): return len(olds) == len(news) and all(a is b for a, b in zip(olds, news))
 def _is_plain(value): return isinstance(value, (bool, int, float, str, type(None), tuple))
 
+# %% ../nbs/30_speed.ipynb #300442
 @patch
 def look(self:Record, learn):
     "See at the beginning of a pass what there is to train; forget what was recorded of something else."
@@ -360,6 +364,7 @@ def kind_of(self:Record, learn, fields, form) -> list:
             [get(state) for state, get in self.watched], [p.requires_grad for p in self.params],
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)]
 
+# %% ../nbs/30_speed.ipynb #300443
 @patch
 def go(self:Record, learn, *inputs): # in place of the step `predict`
     "The first half: predictions and loss."
@@ -516,7 +521,8 @@ def _compile_record(self:Compile, learn, fields, form):
 
 @patch(nm='refuse')
 def _compile_refuse(self:Compile, learn, error):
-    warnings.warn(f'{type(learn.model).__name__} is trained as usual, and not compiled: {_reason(error)}')
+    if all(recording for _, recording in self.made):  # the first one
+        warnings.warn(f'{type(learn.model).__name__} is trained as usual, and not compiled: {_reason(error)}')
 
 # %% ../nbs/30_speed.ipynb #300126
 def _sgd(p, g, state, lr, momentum, weight_decay, nesterov):
