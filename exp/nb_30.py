@@ -328,8 +328,11 @@ def own(self:Record, learn) -> list:
             if isinstance(v, Tensor)] + _hooks(modules)
 
 def _hooks(modules):
-    kinds = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
-    hooks = [hook for m in modules for kind in kinds for hook in getattr(m, kind).values()]
+    "The functions that modules and their parameters call, but for PyTorch's own."
+    kinds = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks',
+             '_post_accumulate_grad_hooks')
+    owners = [*modules, *(p for m in modules for p in m.parameters(recurse=False))]
+    hooks = [hook for o in owners for kind in kinds for hook in (getattr(o, kind, None) or {}).values()]
     return [hook for hook in hooks if not str(getattr(hook, '__module__', '')).startswith('torch.')]
 
 def _same(olds, news): return len(olds) == len(news) and all(a is b for a, b in zip(olds, news))
@@ -446,7 +449,9 @@ def turn(self:Record, learn, kind, fields, form):
 @patch
 def record(self:Record, learn, fields, form):
     try:
-        hooks = _hooks([m for top in learn.modules for m in top.modules()])
+        modules = [m for top in learn.modules for m in top.modules()]
+        hooks, recurrent = _hooks(modules), [m for m in modules if isinstance(m, nn.RNNBase)]
+        if recurrent: raise CantRecord(f'PyTorch does not trace its {type(recurrent[0]).__name__}')
         if hooks: raise CantRecord(f'it has a hook, {getattr(hooks[0], "__name__", hooks[0])}')
         trained = [p for p in self.params if p.requires_grad]
         recording = Recording(learn, *self.plain[:2], trained, fields, form, **self.more(learn))

@@ -308,8 +308,23 @@ def hooked():
     return model
 def look_on(module, inputs, output): pass
 
-REFUSED = {IfData: 'decides by numbers', ToNumpy: 'decides by numbers', Counts: 'changes model.n', Collects: 'changes model.seen', NewBuffer: 'in place of mean',
-           Draws: 'random numbers', DrawsNumpy: 'random numbers', Momentless: 'decides by numbers', Recurrent: '', hooked: 'look_on'}
+def doubled(grad): return 2*grad
+def halved(p): p.grad.mul_(0.5)
+def with_tensor_hook():
+    model = nn.Sequential(nn.Linear(N_IN, N_OUT))
+    model[0].weight.register_hook(doubled)
+    return model
+def with_accumulation_hook():
+    model = nn.Sequential(nn.Linear(N_IN, N_OUT))
+    model[0].weight.register_post_accumulate_grad_hook(halved)
+    return model
+class Gated(Recurrent):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.GRU(N_IN, N_OUT, batch_first=True)
+
+REFUSED = {with_tensor_hook: 'doubled', with_accumulation_hook: 'halved', Gated: 'its GRU', IfData: 'decides by numbers', ToNumpy: 'decides by numbers', Counts: 'changes model.n', Collects: 'changes model.seen', NewBuffer: 'in place of mean',
+           Draws: 'random numbers', DrawsNumpy: 'random numbers', Momentless: 'decides by numbers', Recurrent: 'its LSTM', hooked: 'look_on'}
 
 @pytest.mark.parametrize('model', REFUSED, ids=lambda m: m.__name__)
 def test_refused(model):
