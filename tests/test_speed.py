@@ -1,5 +1,5 @@
 "Recorded and compiled steps: the same bits, or the same to twelve digits; what can't be recorded is refused by name."
-import copy, random, warnings
+import copy, random, shutil, warnings
 from functools import partial
 import numpy as np
 import pytest
@@ -378,8 +378,11 @@ def test_pred_in_place_is_no_silence():
 
 # compiled
 
+needs_compiler = pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='needs a C++ compiler')
+
 def shallow(): return nn.Sequential(nn.Linear(N_IN, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, N_OUT))
 
+@needs_compiler
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_compiled_step_is_eager(name):
     "In float64, where rounding does not hide an error, with rates that change from batch to batch."
@@ -391,6 +394,7 @@ def test_compiled_step_is_eager(name):
     assert_near(eager, compiled, 1e-12 if isinstance(eager.opt, SGD) else 1e-6)  # the others divide by what may be tiny
 
 
+@needs_compiler
 def test_compiled_is_eager():
     "With a short last batch, with dropout and in company; two compiled runs are the same bits."
     cbs = lambda: [GradientAccumulation(2), GradientClip(0.1), EMA(0.9)]
@@ -399,6 +403,7 @@ def test_compiled_is_eager():
     assert_same(one, other)
 
 
+@needs_compiler
 def test_compiled_in_float32():
     eager, compiled = [train(cbs, model=shallow, n=16, epochs=1) for cbs in ([], [Compile(step=True)])]  # one step
     for a, b in zip(tensors(eager), tensors(compiled), strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
