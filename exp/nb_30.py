@@ -544,13 +544,14 @@ def _rmsprop(p, g, state, lr, alpha, eps, weight_decay):
     p.sub_(lr*(g/(squares.sqrt() + eps)))
 
 def _adam(p, g, state, lr, betas, eps, weight_decay, apart=False):
-    t, (b1, b2) = state['step'].add_(1).double(), betas
+    (b1, b2), (c1, c2) = betas, state['corrections']
+    state['step'].add_(1)
     if weight_decay is not None and apart: p.mul_(1 - lr*weight_decay)
     elif weight_decay is not None: g = g + weight_decay*p
     mean, square = state['exp_avg'], state['exp_avg_sq']
     mean.add_((1 - b1)*(g - mean))
     square.mul_(b2).add_((1 - b2)*g*g)
-    p.sub_(lr*(mean/(1 - b1**t))/((square/(1 - b2**t)).sqrt() + eps))
+    p.sub_(lr*c1*mean/(c2*square.sqrt() + eps))  # one root and one division: these cost most
 
 def _muon(p, g, state, lr, weight_decay, muon, ratio=None, betas=None, **options):
     if not muon: return _adam(p, g, state, lr*ratio, betas, 1e-8, weight_decay, apart=True)
@@ -579,10 +580,20 @@ def _memory(opt):
             for p, t in zip(params, opt.recall(params, name, like)): found.setdefault(p, {})[name] = t
     return found
 
+# %% ../nbs/30_speed.ipynb #300445
 def _rates(opt):
     "The rates of all groups, as a list of numbers."
     values = [group[name] for group in opt.param_groups for name in _RATES if name in group]
     return [float(v) for value in values for v in (value if isinstance(value, (tuple, list)) else [value])]
+
+def _corrections(opt, memory):
+    "What Adam multiplies its mean and its root by in the next step: two numbers for each parameter."
+    found = []
+    for group in opt.param_groups:
+        steps = [memory[p]['step'] for p in group['params'] if 'exp_avg' in memory.get(p, {})]
+        for t in torch.stack(steps).tolist() if steps else ():
+            found += [1/(1 - b**(t + 1))**power for b, power in zip(group['betas'], (1, 0.5))]
+    return found
 
 def _options(opt, group, rates):
     "The options of a group, its rates taken from an iterator of Tensors; None for no momentum and no decay."
@@ -626,7 +637,8 @@ def _compile_kind_of(self:Compile, learn, fields, form):
 @patch(nm='more')
 def _compile_more(self:Compile, learn):
     if not self.steps: return {}
-    memory, self.numbers = _memory(learn.opt), np.zeros(len(_rates(learn.opt)))
+    self.memory = memory = _memory(learn.opt)
+    self.numbers = np.array(_rates(learn.opt) + _corrections(learn.opt, memory))
     self.rates = torch.from_numpy(self.numbers)  # the same memory, which is written to fastest by NumPy
     tensors = [t for record in memory.values() for t in record.values()]
     return dict(more=[*tensors, self.rates], finish=partial(self.update, learn.opt, memory))
@@ -636,14 +648,14 @@ def update(self:Compile, opt, memory, trained, grads, others, of):
     "The step, on the tensors that stand for parameters, memory and rates while they are recorded."
     by_id = {id(p): g for p, g in zip(trained, grads) if g is not None}
     rates = iter(of[id(self.rates)].unbind())
-    for group in opt.param_groups:
-        options = _options(opt, group, rates)
+    options_of = [_options(opt, group, rates) for group in opt.param_groups]
+    for group, options in zip(opt.param_groups, options_of):
         for p in group['params']:
-            mine = of.get(id(p))
+            mine, state = of.get(id(p)), {name: of[id(t)] for name, t in memory.get(p, {}).items()}
+            if 'exp_avg' in state: state['corrections'] = next(rates), next(rates)
             if id(mine) not in by_id: continue
             if by_id[id(mine)].is_sparse or p.dtype not in (torch.float32, torch.float64):
                 raise CantRecord(f'a step for {p.dtype} or for sparse gradients')
-            state = {name: of[id(t)] for name, t in memory.get(p, {}).items()}
             with torch.no_grad(): _UPDATES[type(opt)](mine, by_id[id(mine)], state, **options)
     return ()
 
@@ -659,7 +671,7 @@ def _compile_finish(self:Compile, learn, seed):
 @patch
 def compiled_step(self:Compile, learn):
     if self.seed is None: return self.plain_step()
-    self.numbers[:] = _rates(learn.opt)
+    self.numbers[:] = _rates(learn.opt) + _corrections(learn.opt, self.memory)
     seed, self.seed = self.seed, None
     self.second_half(seed)
 
