@@ -163,8 +163,9 @@ class Recording:
                  trained, # parameters that need gradients
                  fields, form, # of a batch, as a list; its form, from `tree_flatten`, or None for a tuple
                  more=(), # other Tensors that `finish` needs
-                 finish=_apart): # (parameters, gradients, other Tensors, of) -> what the second half gives
-        self.trained, self.finish, self.by_loss_func = trained, finish, False
+                 finish=_apart, # (parameters, gradients, other Tensors, of) -> what the second half gives
+                 numbers=None): # kept with it: what `finish` reads through one of `more`
+        self.trained, self.finish, self.numbers, self.by_loss_func = trained, finish, numbers, False
         self.places = [i for i, f in enumerate(fields) if isinstance(f, Tensor)]
         def forward(*given):
             new = list(fields)
@@ -362,8 +363,8 @@ no_autocast = getattr(torch._C, '_DisableAutocast', nullcontext)  # a recording 
 def kind_of(self:Record, learn, fields, form) -> list:
     "What a recording may depend on, beside the tensors that it holds."
     device = self.device.type
-    return [id(learn.loss_func), form, [(f.shape, f.dtype, f.device, f.stride()) if isinstance(f, Tensor) else
-                   f if _is_plain(f) else id(f) for f in fields],
+    return [learn.loss_func, form, [(f.shape, f.dtype, f.device, f.stride()) if isinstance(f, Tensor) else
+                                    f if _is_plain(f) else type(f) for f in fields],
             [get(state) for state, get in self.watched], [p.requires_grad for p in self.params],
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)]
 
@@ -452,6 +453,9 @@ def record(self:Record, learn, fields, form):
         modules = [m for top in learn.modules for m in top.modules()]
         hooks, recurrent = _hooks(modules), [m for m in modules if isinstance(m, nn.RNNBase)]
         if recurrent: raise CantRecord(f'PyTorch does not trace its {type(recurrent[0]).__name__}')
+        for f in fields:
+            if not isinstance(f, Tensor) and not _is_plain(f):
+                raise CantRecord(f'its batches have a field of type {type(f).__name__}')
         if hooks: raise CantRecord(f'it has a hook, {getattr(hooks[0], "__name__", hooks[0])}')
         trained = [p for p in self.params if p.requires_grad]
         recording = Recording(learn, *self.plain[:2], trained, fields, form, **self.more(learn))
@@ -490,7 +494,7 @@ def _reason(error):
 class Compile(Record):
     """Trains as `Record` does, with what was recorded compiled; results differ by rounding. What can't be
     compiled is replayed, and what can't be recorded is trained on as usual, with a warning."""
-    options = 'limit', 'whole', 'steps', 'works', 'seed'
+    options = 'limit', 'whole', 'works'
     def __init__(self,
                  step:bool=False): # compile the optimizer's step as well, if it is one of ours
         super().__init__()
@@ -498,7 +502,7 @@ class Compile(Record):
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        self.steps = self.whole and self.can_step(learn)
+        self.seed, self.steps = None, self.whole and self.can_step(learn)
         if self.steps: self.plain_step, learn.step = learn.step, partial(self.compiled_step, learn)
 
 _OPTIONS = dict(fallback_random=True, size_asserts=False)  # random numbers as usual, no checks of itself
@@ -638,16 +642,17 @@ def _compile_kind_of(self:Compile, learn, fields, form):
 def _compile_more(self:Compile, learn):
     if not self.steps: return {}
     self.memory = memory = _memory(learn.opt)
-    self.numbers = np.array(_rates(learn.opt) + _corrections(learn.opt, memory))
-    self.rates = torch.from_numpy(self.numbers)  # the same memory, which is written to fastest by NumPy
+    numbers = np.array(_rates(learn.opt) + _corrections(learn.opt, memory))
+    rates = torch.from_numpy(numbers)  # the same memory, which is written to fastest by NumPy
     tensors = [t for record in memory.values() for t in record.values()]
-    return dict(more=[*tensors, self.rates], finish=partial(self.update, learn.opt, memory))
+    finish = partial(self.update, learn.opt, memory, rates)
+    return dict(more=[*tensors, rates], finish=finish, numbers=numbers)
 
 @patch
-def update(self:Compile, opt, memory, trained, grads, others, of):
+def update(self:Compile, opt, memory, rates, trained, grads, others, of):
     "The step, on the tensors that stand for parameters, memory and rates while they are recorded."
     by_id = {id(p): g for p, g in zip(trained, grads) if g is not None}
-    rates = iter(of[id(self.rates)].unbind())
+    rates = iter(of[id(rates)].unbind())
     options_of = [_options(opt, group, rates) for group in opt.param_groups]
     for group, options in zip(opt.param_groups, options_of):
         for p in group['params']:
@@ -671,7 +676,7 @@ def _compile_finish(self:Compile, learn, seed):
 @patch
 def compiled_step(self:Compile, learn):
     if self.seed is None: return self.plain_step()
-    self.numbers[:] = _rates(learn.opt) + _corrections(learn.opt, self.memory)
+    self.recording.numbers[:] = _rates(learn.opt) + _corrections(learn.opt, self.memory)
     seed, self.seed = self.seed, None
     self.second_half(seed)
 

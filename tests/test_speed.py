@@ -248,6 +248,29 @@ def test_numbers_that_somebody_changes():
     assert_same(eager, train([Tune(), Record()], **options))
 
 
+class NewLoss(Callback):
+    "Another loss function in each epoch; the old one is gone, and the new one may lie at its address."
+    def before_epoch(self, learn):
+        learn.loss_func, share = None, 1/(1 + learn.epoch)
+        learn.loss_func = lambda pred, target: share*F.cross_entropy(pred, target)
+
+def test_loss_functions_that_come_and_go(): assert_same(train(NewLoss(), epochs=6), train([NewLoss(), Record()], epochs=6))
+
+
+class WithArray(Learner):
+    "Batches (x, array, y), whose array the model's Python may look into."
+    @property
+    def xb(self): return self.batch[:1]
+    def get_loss(self): self.loss = F.cross_entropy(self.pred, self.yb)*float(self.batch[1].mean())
+
+def test_fields_that_nothing_is_known_of():
+    x, y = data()
+    dls = [(x[i:i+16], np.full(2, 1. + i), y[i:i+16]) for i in range(0, 192, 16)], None
+    with pytest.raises(ValueError, match='a field of type ndarray'): train(Record(), cls=WithArray, dls=dls)
+    with pytest.warns(UserWarning, match='a field of type ndarray'): compiled = train(Compile(), cls=WithArray, dls=dls)
+    assert_same(train(cls=WithArray, dls=dls), compiled)
+
+
 def test_a_second_fit_uses_what_was_recorded_in_the_first():
     record, made = Record(), []
     original, record.record = record.record, lambda *args: made.append(1) or original(*args)
@@ -401,6 +424,16 @@ def test_compiled_is_eager():
     eager, one, other = [train([*cbs(), *more], dtype=torch.float64, epochs=1) for more in ([], [Compile()], [Compile()])]
     assert_near(eager, one, 1e-12)
     assert_same(one, other)
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', ['SGD', 'AdamW'])
+def test_compiled_step_with_a_short_last_batch(name):
+    "Each kind of batch has a recording of its own, and all of them go by the rates of now."
+    opt_func, lr = OPTIMIZERS[name]
+    options = dict(model=shallow, dtype=torch.float64, opt_func=opt_func, epochs=3)
+    eager, compiled = [train([*cbs, Scheduler(lr=sched_one_cycle(lr/10, lr, lr/100))], **options) for cbs in ([], [Compile(step=True)])]
+    assert_near(eager, compiled, 1e-12 if name == 'SGD' else 1e-6)
 
 
 @needs_compiler
