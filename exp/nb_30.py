@@ -204,8 +204,9 @@ def step(self:Recording, *inputs): # its tensors, the seed, the fields of a batc
     self.tracked = [i for i, p in enumerate(preds) if isinstance(p, Tensor) and p.requires_grad]
     self.loss_dtype, seed = loss.dtype, seed.to(loss.dtype)
     if loss.ndim: seed = seed.reshape(loss.shape)
-    grads = torch.autograd.grad(loss, trained, seed, allow_unused=True)
-    return *preds, loss, *self.finish(trained, grads, [*inputs, *self.trained], of)
+    with torch.autocast(seed.device.type, enabled=False):  # 16 bits are over when the way back begins
+        grads = torch.autograd.grad(loss, trained, seed, allow_unused=True)
+        return *preds, loss, *self.finish(trained, grads, [*inputs, *self.trained], of)
 
 # %% ../nbs/30_speed.ipynb #300102
 def _lift(gm):

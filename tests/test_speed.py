@@ -226,6 +226,26 @@ def test_it_leaves_no_trace():
     assert learn.predict(data()[0]).shape == (200, N_OUT)
 
 
+class Careful(nn.Module):
+    "A part that computes in 32 bits, whatever is around it."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(N_IN, 16), nn.Linear(16, N_OUT)
+    def forward(self, x):
+        with torch.autocast('cpu', enabled=False): h = self.a(x.float())
+        return self.b(h.relu())
+
+class SometimesHalf(Callback):
+    "16 bits in every other batch."
+    def before_batch(self, learn):
+        self.cast = torch.autocast('cpu', torch.bfloat16, enabled=learn.iter % 2 == 0)
+        self.cast.__enter__()
+    def after_loss(self, learn): self.cast.__exit__(None, None, None)
+
+@pytest.mark.parametrize('cb', [MixedPrecision, SometimesHalf])
+def test_sixteen_bits_in_places(cb): assert_same(train(cb(), model=Careful), train([cb(), Record()], model=Careful))
+
+
 class Focal:
     "A loss that is no module, with a number that somebody changes."
     gamma = 1.
