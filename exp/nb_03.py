@@ -80,7 +80,7 @@ def _loss(log_p, target, dim, reduction, ignore_index, weight, smoothing=0.):
         losses = (1 - smoothing)*losses + smoothing*over_classes
     return _reduce(losses.where(counted, 0), amounts, reduction)
 
-# %% ../nbs/03_losses.ipynb #30266
+# %% ../nbs/03_losses.ipynb #30283
 def nll(log_p:Tensor, # log probabilities, any shape, classes along `dim`
         target:Tensor, # class indices, integer, the shape of `log_p` without `dim`
         dim:int=-1, # of the classes
