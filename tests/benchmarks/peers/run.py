@@ -12,8 +12,9 @@ from work import ROWS, TRAINING, WORKS, first_weights, load_rows
 
 # glibc keeps freed memory: whether it gives it back depends on how the heap of a process happens to lie, and costs up to a quarter.
 MALLOC = dict(MALLOC_TRIM_THRESHOLD_='1073741824', MALLOC_MMAP_THRESHOLD_='1073741824')
-LIBRARIES = 'torch', 'fastai', 'lightning', 'pytorch-ignite', 'skorch', 'accelerate', 'keras', 'jax', 'optax', 'flax'
+LIBRARIES = 'torch', 'fastai', 'lightning', 'pytorch-ignite', 'skorch', 'accelerate', 'keras', 'jax', 'optax', 'flax', 'tinygrad'
 XLA = dict(XLA_FLAGS='--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1', JAX_PLATFORMS='cpu')
+TINYGRAD = dict(DEV='CPU', NUM_CPU_THREADS='1', PARALLEL='0')
 
 
 class Worker:
@@ -22,7 +23,8 @@ class Worker:
         self.name, self.folder = name, folder/name
         self.folder.mkdir()
         self.log = (self.folder/'log.txt').open('w+')
-        env = os.environ | MALLOC | XLA | dict(OMP_NUM_THREADS='1', KERAS_BACKEND='torch', KERAS_HOME=str(self.folder))
+        env = os.environ | MALLOC | XLA | TINYGRAD | dict(OMP_NUM_THREADS='1', KERAS_BACKEND='torch', KERAS_HOME=str(self.folder),
+                                                          CACHEDB=str(self.folder/'tinygrad.db'))
         self.process = subprocess.Popen([sys.executable, Path(__file__).with_name('worker.py'), weights], cwd=self.folder, env=env,
                                         stderr=self.log, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

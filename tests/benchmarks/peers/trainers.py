@@ -386,6 +386,45 @@ def flax_nnx(job, variant):
     return run
 
 
+@row('tinygrad', 'defaults', needs='clang')
+def tinygrad(job, variant):
+    """Its kernels for the CPU on one thread, which need clang. A step of its SGD under TinyJit, fed with numpy batches; accuracy by a
+    jitted function. Compiling is not timed."""
+    from tinygrad import Context, Tensor, TinyJit
+    from tinygrad.nn.optim import SGD
+    layers = _leaves(job.model)
+    params = [[Tensor(p.detach().numpy().copy()) for p in layer.parameters()] for layer in layers]
+    opt = SGD([p for ps in params for p in ps], lr=job.lr)
+    def apply(x):
+        for layer, p in zip(layers, params):
+            if isinstance(layer, nn.Linear): x = x.linear(p[0].T, p[1])
+            elif isinstance(layer, nn.ReLU): x = x.relu()
+            elif isinstance(layer, nn.Flatten): x = x.flatten(1)
+            else: x = x.conv2d(*p, stride=layer.stride)
+        return x
+    @TinyJit
+    @Context(TRAINING=1)
+    def train(x, y):
+        opt.zero_grad()
+        apply(x).sparse_categorical_crossentropy(y).backward()
+        opt.step()
+    def right(x, y): return (apply(x).argmax(1) == y).sum().realize()
+    x, y, order = job.x.numpy(), job.y.numpy().astype('int32'), _order(job)
+    slices = [(xb.numpy(), yb.numpy().astype('int32')) for xb, yb in job.slices()]
+    count, first = {len(xb): TinyJit(right) for xb, _ in slices}, [p.numpy().copy() for p in opt.params]
+    for _ in range(3):  # it compiles at the first calls, for one shape
+        train(Tensor(x[order[0]]), Tensor(y[order[0]]))
+        for xb, yb in {len(xb): (xb, yb) for xb, yb in slices}.values(): count[len(xb)](Tensor(xb), Tensor(yb))
+    for p, old in zip(opt.params, first): p.assign(Tensor(old)).realize()
+    def run():
+        for idxs in order: train(Tensor(x[idxs]), Tensor(y[idxs]))
+        total = sum(count[len(xb)](Tensor(xb), Tensor(yb)).item() for xb, yb in slices)
+        with torch.no_grad():
+            for mine, theirs in zip(opt.params, job.model.parameters()): theirs.copy_(_tensor(mine.numpy()))
+        return total/len(job.x_valid) if job.has_valid else None
+    return run
+
+
 def _order(job):
     "The rows of each batch in the common order, (batches, rows)."
     order = torch.randperm(len(job.x), generator=torch.Generator().manual_seed(SEED))

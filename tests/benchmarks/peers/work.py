@@ -1,5 +1,5 @@
 """What every row of the table does: the same rows in the same order, from the same first weights, on one thread."""
-import gc
+import gc, shutil, sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -45,9 +45,12 @@ class Row:
 
 ROWS = {}                 # (library, variant) -> Row
 
-def row(library, *variants, works=TRAINING, worker=None):
-    "Enter a function into the table."
+def row(library, *variants, works=TRAINING, worker=None, needs=None):
+    "Enter a function into the table, unless a program that it needs is missing."
     def enter(f):
+        if needs and not shutil.which(needs):
+            print(f'left out: {library}, which needs {needs}', file=sys.stderr)
+            return f
         for variant in variants: ROWS[library, variant] = Row(worker or library, works, f)
         return f
     return enter
