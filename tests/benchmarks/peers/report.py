@@ -111,9 +111,9 @@ def front_table(works, machine):
     return (f'{table(head, lines)}\n\n{noise(mlp)} Its matrix products alone take {number(floor)} of its time. {said} '
             f'{machine["rounds"]} rounds on one thread of {machine["cpu"]} with {machine["cores"]} cores.')
 
-PROTOCOL = """A row is timed in every round, each library in a process of its own, on one thread, one thing at a time. A ratio is to
-the base row as timed just before in the same round; medians, and quartiles in brackets. Rows are told apart by a sign test over the
-rounds, at 1 in 20. Making model, data and trainer is not timed; training, validation and whatever a library sets up in its fit are.
+PROTOCOL = """A row is timed in every round, each library in a process of its own, one thing at a time, on one thread pinned to a core
+but where the title says two. A ratio is to the base row as timed just before in the same round; medians, and quartiles in brackets.
+Rows are told apart by a sign test over the rounds, at 1 in 20. Making model, data and trainer is not timed; training, validation and whatever a library sets up in its fit are.
 What libraries print goes to a file. The C library is told to keep freed memory, for all alike.""".replace('\n', ' ')
 
 def goals(works):
