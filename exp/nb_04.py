@@ -212,7 +212,8 @@ _OUR_NAMES = dict(dataset='ds', batch_size='bs', shuffle='shuffle', drop_last='d
 def _given_options(options):
     "The options that are more than torch's defaults; raises `TypeError` for names that torch doesn't know."
     for name in options:
-        if name in _OUR_NAMES: raise TypeError(f'expected {_OUR_NAMES[name]}, which is the name of {name} here')
+        if name in _OUR_NAMES:
+            raise TypeError(f'expected {_OUR_NAMES[name]}, which is the name of {name} here')
         if name not in _TORCH_OPTIONS:
             known = sorted(_TORCH_OPTIONS.keys() - _OUR_NAMES)
             raise TypeError(f'expected an option in {known}, got {name!r}')

@@ -132,7 +132,7 @@ class _TargetCounter:
         counted, class_weights = self.is_counted(target), _option(self.func, 'weight')
         if class_weights is None: return counted.count_nonzero()
         class_weights = torch.as_tensor(class_weights, dtype=torch.float32, device=target.device)
-        classes = target.long().where(counted, 0)  # what is ignored is looked up as class 0, and times 0 below
+        classes = target.long().where(counted, 0)  # what is ignored becomes class 0, and times 0 below
         return (class_weights[classes]*counted).sum()
 
 # %% ../nbs/05_batches.ipynb #050007
