@@ -291,7 +291,7 @@ def top_losses(self:Interpretation,
     "The rows with the largest loss, largest first; each is given to the loss function as a batch of one."
     n, learn = whole_number(n, 'n'), self.learn
     if type(learn).get_loss is not Learner.get_loss and own_batches(learn):
-        raise ValueError('expected batches of plain xb and yb: a get_loss of one\'s own is given rows one by one')
+        raise ValueError('expected batches of plain xb and yb: get_loss is given rows one by one')
     weigh, losses = weigher(learn.loss_func), []
     with torch.no_grad(), learn.nested(()):
         for i in range(n_rows(self.targets, [self.preds])):
