@@ -1004,7 +1004,8 @@ def _as_input(value):
 
 # %% ../nbs/10_learner.ipynb #100213
 @patch
-def freeze_to(self:Learner, n:int): # how many parts to freeze; -1: all but the last, -2: all but the last two, ...
+def freeze_to(self:Learner,
+              n:int): # how many parts to freeze; -1: all but the last, -2: all but the last two, ...
     """Train only the last parts of the model: its children that have parameters, or those of an only child.
     Raises `ValueError` if nothing would be left to train."""
     parts = _parts(self.model)
