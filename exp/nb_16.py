@@ -81,12 +81,12 @@ def plot(self:Calibration, ax=None): # matplotlib axes; None: a new figure
     "Draw accuracy against confidence, and in gray what chance does (from five rows on); return the axes."
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(3.4, 3.4))[1]
-    x, y, ticks = self.confidence, self.accuracy, [0, 0.2, 0.4, 0.6, 0.8, 1]
-    chance = torch.where(self.rows >= 5, 2*(x*(1 - x)/self.rows)**0.5, math.nan)
+    x, y, many, ticks = self.confidence, self.accuracy, self.rows >= 5, [0, 0.2, 0.4, 0.6, 0.8, 1]
+    chance = torch.where(many, 2*(x*(1 - x)/self.rows)**0.5, math.nan)
     ax.plot([0, 1], [0, 1], '--', color=COLORS['gray'])
     ax.vlines(x, x - chance, x + chance, color=COLORS['gray'], linewidth=6, alpha=0.4)
-    ax.vlines(x, x, y, color=COLORS['vermillion'])
-    ax.scatter(x, y, 12 + 150*self.rows/self.rows.sum(), color=COLORS['blue'], zorder=3)
+    ax.vlines(x[many], x[many], y[many], color=COLORS['vermillion'])
+    ax.scatter(x, y, 12 + 150*self.rows/self.rows.sum(), color=COLORS['blue'], alpha=0.3 + 0.7*many, zorder=3)
     ax.set(xlabel='confidence', ylabel='share that is right', title=f'ECE {self.ece:.4f}')
     ax.set(xlim=(0, 1.04), ylim=(-0.04, 1.04), xticks=ticks, yticks=ticks, aspect='equal')
     return ax
@@ -291,7 +291,7 @@ def top_losses(self:Interpretation,
     "The rows with the largest loss, largest first; each is given to the loss function as a batch of one."
     n, learn = whole_number(n, 'n'), self.learn
     if type(learn).get_loss is not Learner.get_loss and own_batches(learn):
-        raise ValueError('expected plain xb and yb with a get_loss of its own, to give it rows one by one')
+        raise ValueError('expected batches of plain xb and yb: get_loss is given rows one by one')
     weigh, losses = weigher(learn.loss_func), []
     with torch.no_grad(), learn.nested(()):
         for i in range(n_rows(self.targets, [self.preds])):
