@@ -6,13 +6,14 @@
 __all__ = ['conv', 'as_images', 'SimpleCNN', 'Summary', 'summary']
 
 # %% ../nbs/20_convolutions.ipynb #200003
-import html, math, warnings
+import math, warnings
 from contextlib import ExitStack, contextmanager
 import torch
 import torch.nn.attention
 from torch import Tensor, nn
 from .nb_05 import brief, leaves
 from .nb_11 import get_rng_state, set_rng_state
+from .nb_16 import table_html, table_text
 
 # %% ../nbs/20_convolutions.ipynb #200275
 def conv(n_in:int, # channels of the input
@@ -68,26 +69,18 @@ class Summary:
         self.rows, self.weights, self.trainable, self.unused = rows, weights, trainable, unused
         self.madds = sum(row['madds'] for row in rows)  # multiply-adds of the whole pass
 
-    def _cells(self):
-        head = ['name', 'layer', 'output', 'weights', 'multiply-adds']
-        return [head] + [[f'{v:,}' if isinstance(v, int) else v for v in row.values()] for row in self.rows]
+    def table(self) -> list: # of lists of texts, the heading first
+        "The cells of the table."
+        rows = [[f'{v:,}' if isinstance(v, int) else v for v in row.values()] for row in self.rows]
+        return [['name', 'layer', 'output', 'weights', 'multiply-adds'], *rows]
 
-    def _notes(self):
+    def notes(self) -> list: # of texts
+        "What stands below it."
         text = f'{self.weights:,} weights, {self.trainable:,} of them trainable; {self.madds:,} multiply-adds'
-        return text + (f'; {self.unused:,} weights were not used' if self.unused else '')
+        return [text, f'{self.unused:,} weights were not used'][:1 + bool(self.unused)]
 
-    def __repr__(self):
-        cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        places = [f'{{:{">" if i > 2 else "<"}{w}}}' for i, w in enumerate(widths)]  # numbers to the right
-        return '\n'.join(['  '.join(places).format(*row) for row in cells] + [self._notes()])
-
-    def _repr_html_(self):
-        def line(row, tag):
-            return '<tr>' + ''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in row) + '</tr>'
-        head, *rows = self._cells()
-        body = ''.join(line(row, 'td') for row in rows)
-        return f'<table>{line(head, "th")}{body}</table><div>{html.escape(self._notes())}</div>'
+    def __repr__(self): return table_text(self.table(), self.notes())
+    def _repr_html_(self): return table_html(self.table(), self.notes())
 
 # %% ../nbs/20_convolutions.ipynb #200297
 def _shapes(output):
