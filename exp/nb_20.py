@@ -130,6 +130,7 @@ def _countable(model):
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         yield
 
+# %% ../nbs/20_convolutions.ipynb #200333
 def summary(model:nn.Module, # is afterwards as it was before
             xb, # what it is called with: a Tensor, a tuple or list of inputs, or a dict of them by name
            ) -> Summary:
