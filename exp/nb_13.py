@@ -151,8 +151,7 @@ def read_checkpoint(path, # file made by `save_checkpoint` or `Checkpoint`
                    ) -> dict: # what it holds, tensors on the CPU
     "Read and verify, running nothing; raises `CheckpointError`, which names the newest good one beside it."
     path = Path(path).expanduser()
-    data = path.read_bytes()
-    try: return _unpack(data)
+    try: return _unpack(path.read_bytes())
     except CheckpointError as e: fault = e
     good = next((p for p in _checkpoints(path.parent)[::-1] if p != path and not _fault_of(p)), None)
     raise CheckpointError(f'{path}: {fault}' + (f'; {good.name} beside it is good' if good else ''))
@@ -161,8 +160,8 @@ def _unpack(data):
     _check_seal(data)
     try: state = _unpickled(data)
     except pickle.UnpicklingError:
-        words = 'expected tensors, numbers and strings, found something else, which was not run'
-        raise CheckpointError(words) from None
+        raise CheckpointError('expected tensors, numbers and strings, found something else, '
+                              'which was not run') from None
     except Exception as e: raise CheckpointError(f'expected an archive of torch.save, found another: {e}')
     found = state.get('format', 'none') if isinstance(state, dict) else f'a {type(state).__name__}'
     if found == FORMAT: return state
@@ -334,8 +333,7 @@ def _fill(module, found, part):
         if wrong: raise _other_model(wrong)
         raise
 
-def _versions(found, state):
-    "Of the classes of modules: those found, by the names of the own state."
+def _versions(found, state): # of the classes of modules: those found, by the names of the own state
     versions = {_bare(k): v for k, v in getattr(found, '_metadata', {}).items()}
     return {k: versions.get(_bare(k), {}) for k in getattr(state, '_metadata', {})}
 
@@ -369,8 +367,7 @@ def _check_opt(learn, opt):
         raise CheckpointError(f'expected the state of {name}, found that of {opt["name"]}')
     own, groups = _params_of(learn), opt['state']['param_groups']
     sizes, found = [len(params) for params in own], [len(group['params']) for group in groups]
-    if sizes != found:
-        raise CheckpointError(f'expected an optimizer with groups of {sizes} parameters, found {found}')
+    if sizes != found: raise CheckpointError(f'expected groups of {sizes} parameters, found {found}')
     for i, (ours, group) in enumerate(zip(own, groups)):
         records = [opt['state']['state'].get(number, {}) for number in group['params']]
         theirs = opt['params'][i] if 'params' in opt else map(_with_shape_of, ours, records)
