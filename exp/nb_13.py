@@ -493,7 +493,7 @@ def save_weights(model, # nn.Module
 
 def load_weights(model, # nn.Module with the same names and shapes
                  path): # file from `save_weights`, other safetensors, or a state_dict from `torch.save`
-    "Take over weights, buffers, extra state; raises `CheckpointError` for a file cut short, or another model's."
+    "Take over weights, buffers, extra state; raises `CheckpointError` for one cut short, or another model's."
     _fill_or_keep({'model': _inner(model)}, {'model': _read_weights(path)['model']}, path)
 
 def _write_weights(parts, path):
@@ -592,8 +592,7 @@ def improved(self:Monitor, learn) -> bool: # never for a result that is nan or i
     self.best = value
     return True
 
-def _check_count(name, value):
-    "Raise `ValueError` unless `value` is a whole number of at least 1."
+def _check_count(name, value): # a whole number of at least 1
     if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1: return
     raise ValueError(f'expected a whole number as {name} of at least 1, got {value!r}')
 
@@ -662,7 +661,7 @@ class Checkpoint(Monitor):
                  folder, # for the files, `epochEEEE-batchBBBBBB.pt`: so many epochs and batches are done
                  every:int=None, # save also every so many batches within an epoch; None: only after epochs
                  keep:int=3, # how many of the last files stay, at least 1; the best stays as well
-                 monitor:str='valid_loss', # a name in `learn.results`, to tell the best; None: there is no best one
+                 monitor:str='valid_loss', # a name in `learn.results`, to tell the best; None: no best one
                  resume:bool=False, # True: go on from the newest good file, if any; False: there must be none
                  mode:str=None): # 'min', 'max' or None, as in `Monitor`
         if monitor: super().__init__(monitor, mode=mode)
@@ -747,10 +746,11 @@ def _go_on(self:Checkpoint, learn, state, path):
         raise CheckpointError(f'{path}: expected a checkpoint of a fit, found one from between two: '
                               'see load_checkpoint')
     def same(words, own, found):
-        if own != found: raise CheckpointError(f'{path}: expected {words} {own}, as in this fit, found {found}')
-    own = self.terms
-    same('learning rates and batches an epoch', (own['lrs'], own['n_iter']), (where['lrs'], where['n_iter']))
-    same('max_batches', own['max_batches'], where['max_batches'])
+        if own == found: return
+        raise CheckpointError(f'{path}: expected {words} {own}, as in this fit, found {found}')
+    def rates(terms): return terms['lrs'], terms['n_iter']
+    same('learning rates and batches an epoch', rates(self.terms), rates(where))
+    same('max_batches', self.terms['max_batches'], where['max_batches'])
     with _all_or_nothing(learn, path):
         _restore(learn, state, path)
         if not where['iter']: _give_states(learn, state)
