@@ -30,7 +30,7 @@ def conv(n_in:int, # channels of the input
     if act is not None: layers.append(act())
     return nn.Sequential(*layers)
 
-# %% ../nbs/20_convolutions.ipynb #200278
+# %% ../nbs/20_convolutions.ipynb #200413
 def as_images(x:Tensor, # (n, channels*side*side), or images already
               channels:int=1, # 1 for gray, 3 for colours
              ) -> Tensor: # (n, channels, side, side)
@@ -43,6 +43,7 @@ def as_images(x:Tensor, # (n, channels*side*side), or images already
         raise ValueError(f'expected {expected}, got {tuple(x.shape)}')
     return x.reshape(len(x), channels, side, side)
 
+# %% ../nbs/20_convolutions.ipynb #200414
 class SimpleCNN(nn.Module):
     "Blocks that halve the image, the mean over all places, and a linear layer."
     def __init__(self,
@@ -51,9 +52,11 @@ class SimpleCNN(nn.Module):
                  n_in:int=1, # channels of the images
                  **options): # for `conv`: act and norm
         super().__init__()
-        sizes, self.n_in = (n_in, *channels), n_in
-        blocks = [conv(a, b, 3 if i else 5, 2, **options) for i, (a, b) in enumerate(zip(sizes, sizes[1:]))]
-        self.body, self.head = nn.Sequential(*blocks), nn.Linear(sizes[-1], classes)
+        self.n_in, blocks = n_in, []
+        for i, n_out in enumerate(channels):
+            blocks.append(conv(n_in, n_out, 3 if i else 5, stride=2, **options))
+            n_in = n_out
+        self.body, self.head = nn.Sequential(*blocks), nn.Linear(n_in, classes)
 
     def forward(self, x): # (n, n_in, h, w), or rows of square images
         return self.head(self.body(as_images(x, self.n_in)).mean((2, 3)))
@@ -101,7 +104,7 @@ class _Calls:
         return sum(new.values())
 
     def before(self, layer, *args):
-        self.open.append([self.counter.get_total_flops(), 0, 0])  # so far; within inner calls; how many
+        self.open.append([self.counter.get_total_flops(), 0, 0])  # at the start; of inner calls; their number
 
     def after(self, layer, inputs, output):
         start, inner, n_inner = self.open.pop()
