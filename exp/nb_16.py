@@ -170,11 +170,11 @@ def notes(self:Report) -> list: # of strings
 # %% ../nbs/16_results.ipynb #160171
 def table_text(rows:list, # of lists of texts, the heading first
                notes=(), # lines below it
-              ) -> str: # columns of numbers stand to the right
+              ) -> str: # columns of numbers stand to the right, but for the first
     "A table as plain text."
     columns = []
     for column in zip(*rows):
-        width, numbers = max(map(len, column)), not ''.join(column[1:]).strip('0123456789.,-')
+        width, numbers = max(map(len, column)), columns and not ''.join(column[1:]).strip('0123456789.,-')
         columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in column])
     return '\n'.join([*('  '.join(row).rstrip() for row in zip(*columns)), *notes])
 
