@@ -348,7 +348,7 @@ def adopt(self:Learner) -> list: # the names of the new ones
                           f'{" and others" if len(names) > 3 else ""}: reset_opt=True makes one that does')
         self._told = names
         return []
-    if _owned(self.opt) & params.keys(): self._take_in(new, params)
+    if _owned(self.opt) & params.keys(): self._take_in(new, params, names)
     else: self._start_anew()
     return names
 
@@ -362,12 +362,15 @@ def _start_anew(self:Learner):
 
 # %% ../nbs/10_learner.ipynb #100398
 @patch
-def _take_in(self:Learner, new, params):
+def _take_in(self:Learner, new, params, names):
     "Put new parameters in the group that others have left, or the last one, in the order of a new optimizer."
     groups = self.opt.param_groups
     gone = {id(p) for p in self._made.given} - params.keys()
     losing = [group for group in groups if any(id(p) in gone for p in group['params'])]
     taking = losing[0] if len(losing) == 1 else groups[-1]
+    if len(losing) > 1:
+        warnings.warn(f'{", ".join(names[:3])} went into the last of {len(groups)} groups, since several '
+                      'have lost parameters: reset_opt=True groups them anew')
     for group in losing:
         for p in group['params']:
             if id(p) in gone: self.opt.state.pop(p, None)

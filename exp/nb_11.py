@@ -68,9 +68,9 @@ def combine_scheds(fractions, # share of the progress for each part, each > 0, a
     borders = [0., *accumulate(fractions)]
     borders[-1] = 1.  # the sum may round to another number
     def mix(pos):
-        i = sum(pos >= border for border in borders[1:-1])  # so many parts are over
+        i = sum(pos >= border - 1e-13 for border in borders[1:-1])  # so many parts are over; sums round
         start, end = borders[i:i + 2]
-        return scheds[i]((pos - start)/(end - start))
+        return scheds[i](max(0., (pos - start)/(end - start)))
     return _sched(mix)
 
 # %% ../nbs/11_schedules.ipynb #110029
@@ -120,7 +120,7 @@ def _plot_sweep(sweep, found):
     ax.plot(sweep.lrs, sweep.raw, lw=0.7, color=COLORS['sky'], label='one batch')
     ax.plot(sweep.lrs, sweep.losses, color=COLORS['gray'], label='smoothed')
     for name, lr, color in zip(found._fields, found, ('blue', 'vermillion')):
-        if lr is None: continue
+        if lr is None: continue  # nothing to suggest
         loss = sweep.losses[sweep.lrs.index(lr)]
         ax.plot(lr, loss, 'o', color=COLORS[color], label=f'{name}: {lr:.2g}')
     ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='training loss')

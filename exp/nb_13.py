@@ -687,7 +687,7 @@ def before_fit(self:Checkpoint, learn):
     if path and not self.resume:
         raise FileExistsError(f'expected an empty folder or resume=True, found {path}')
     if path: self._go_on(learn, read_checkpoint(path), path)
-    if problem and learn.epoch < learn.n_epochs: raise problem  # a finished fit needs no folder to write to
+    if problem and learn.epoch < learn.n_epochs: raise problem  # a finished fit may lie where one can't write
     for name, m in _parts(learn).items(): _readable({name: dict(_state(m))}, self.folder)
     _clear_parts(self.folder, 'epoch*-batch*.pt')
     self.signals.catch()
