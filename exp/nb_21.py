@@ -7,8 +7,9 @@ __all__ = ['Hooks', 'ActivationStats', 'GeneralReLU', 'init_weights', 'lsuv_init
 
 # %% ../nbs/21_initialization.ipynb #210003
 import base64, html, io, math, sys, time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -86,7 +87,7 @@ class ActivationStats(Callback):
     plain = screen = None  # the step that it stands in for, and where it draws while training
     due = False            # whether the running batch is one to look at
     def __init__(self,
-                 layers=None, # which: modules, or a function (module) -> bool; None: activation layers
+                 layers=None, # which: modules, classes, or a function (module) -> bool; None: activations
                  every:int=10, # training batches from look to look, at least 1
                  limits=(-1., 5.), # of the histograms; what is beyond counts in the outermost intervals
                  bins:int=60, # intervals of a histogram, at least 2
@@ -95,7 +96,8 @@ class ActivationStats(Callback):
         low, high = map(float, limits)
         if not -math.inf < low < high < math.inf: raise ValueError(f'expected limits that rise, got {limits}')
         self.every, self.bins = whole_number(every, 'every'), whole_number(bins, 'bins', 2)
-        if layers is not None and not callable(layers): layers = list(layers)
+        if isinstance(layers, (nn.Module, type)): layers = [layers]
+        elif layers is not None and not callable(layers): layers = list(layers)
         self.layers, self.low, self.high, self.unit_dim, self.live = layers, low, high, unit_dim, live
         self.n, self.rows = 0, []  # batches so far, and (batch, names, Tensor (names, 3 + bins)) of each look
 
@@ -103,11 +105,13 @@ class ActivationStats(Callback):
 @patch
 def find(self:ActivationStats, model) -> dict: # layer -> its name
     "The layers to look at; raises `ValueError` if there are none."
-    names, wanted = {m: name or 'model' for name, m in model.named_modules()}, self.layers
-    if wanted is None: wanted = lambda m: isinstance(m, _ACTIVATIONS)
-    if callable(wanted) and not isinstance(wanted, nn.Module): found = [m for m in names if wanted(m)]
-    else: found = [wanted] if isinstance(wanted, nn.Module) else wanted
-    lost = [m for m in found if m not in names]
+    names = {m: name or 'model' for name, m in model.named_modules()}
+    wanted, lost = _ACTIVATIONS if self.layers is None else self.layers, []
+    if callable(wanted): found = [m for m in names if wanted(m)]
+    else:
+        classes = tuple([w for w in wanted if isinstance(w, type)])
+        found = [m for m in names if isinstance(m, classes) or any(m is w for w in wanted)]
+        lost = [w for w in wanted if not isinstance(w, type) and not any(w is m for m in names)]
     if lost: raise ValueError(f'expected layers of the model, got another: {brief(lost[0])}')
     if found: return {m: names[m] for m in found}
     raise ValueError('expected layers to look at, found none: give some, or a function that chooses them')
@@ -145,6 +149,10 @@ def watch(self:ActivationStats, learn, *inputs): # in place of the step `predict
     self.rows.append((self.n - 1, [*rows], torch.stack([row.to(device) for row in rows.values()])))
 
 @patch
+def __getstate__(self:ActivationStats): # without the Learner, and without a screen
+    return {k: v for k, v in vars(self).items() if k not in ('plain', 'screen')}
+
+@patch
 def after_batch(self:ActivationStats, learn):
     if self.screen: self.screen.update()
 
@@ -179,8 +187,9 @@ def _draw_lines(axs, batches, names, shown, found):
         for i, color in shown.items(): ax.plot(batches, found[:, i, k], color=color, lw=1.2, label=names[i])
         ax.set(xlabel='batch', title=what)
     if (found[..., 1] > 0).any(): axs[1].set_yscale('log')
+    axs[1].tick_params(axis='y', which='both', labelsize='x-small')
     axs[2].set_ylim(-0.03, 1.03)
-    label_lines(axs[2])
+    label_lines(axs[2], gap=0.12)
 
 @patch
 def plot(self:ActivationStats,
@@ -188,20 +197,22 @@ def plot(self:ActivationStats,
     "Draw means, stds, dead units and histograms, and return the figure; raises `ValueError` without any."
     import matplotlib.pyplot as plt
     batches, names, found = self.table()
+    found = found.numpy()
     if not batches: raise ValueError('expected something to draw, found nothing: no batch was trained on')
     n = min(len(names), most)
     chosen = [round(k*(len(names) - 1)/max(n - 1, 1)) for k in range(n)]
     shown = {i: [*COLORS.values()][k % len(COLORS)] for k, i in enumerate(chosen)}
     n_rows = math.ceil(n/4)
-    fig = plt.figure(figsize=(9, 2.2 + 1.7*n_rows), layout='constrained')
-    above, below = fig.subfigures(2, 1, height_ratios=[2.2, 1.7*n_rows])
+    fig = plt.figure(figsize=(9, 2.2 + 1.9*n_rows), layout='constrained')
+    above, below = fig.subfigures(2, 1, height_ratios=[2.2, 1.9*n_rows])
     _draw_lines(above.subplots(1, 3), batches, names, shown, found)
     axs = below.subplots(n_rows, min(n, 4), squeeze=False, sharey=True).flat
     for ax in axs[n:]: ax.set_axis_off()
     extent = batches[0] - self.every/2, batches[-1] + self.every/2, self.low, self.high
     for ax, (i, color) in zip(axs, shown.items()):
-        shares = found[:, i, 3:].T.clamp_min(1e-4).log10()  # (bins, batches)
+        shares = np.log10(found[:, i, 3:].T.clip(1e-4))  # (bins, batches)
         ax.imshow(shares, origin='lower', aspect='auto', cmap='Blues', extent=extent, vmin=-4, vmax=0)
+        ax.set(xlabel='batch', ylabel='activation' if ax.get_subplotspec().is_first_col() else '')
         ax.set_title(names[i], color=color, fontsize='small')
     return fig
 
@@ -301,7 +312,7 @@ def _to_rescale(model, layers):
     "The layers for `lsuv_init`, layer -> name; raises `ValueError` for those that can't be set alone."
     known = _weighted(model)
     chosen = known if layers is None else {}
-    for layer in layers or ():
+    for layer in [] if layers is None else layers:
         if layer not in known:
             raise ValueError(f'expected linear layers or convolutions, got {brief(layer)}')
         chosen[layer] = known[layer]
@@ -317,16 +328,34 @@ def _to_rescale(model, layers):
                 raise ValueError(f'{name}: expected weights of its own, got some that another layer has, too')
     return chosen
 
+# %% ../nbs/21_initialization.ipynb #210149
 def _mean_and_std(layer, name, output):
     "Of what a layer puts out; raises `ValueError` if nothing in it depends on the input."
     n_places = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)  # dimensions behind the units
     units = output.float().movedim(-1 - n_places, 0).flatten(1)               # (units, all else)
-    std, mean = torch.std_mean(units, correction=0)
-    if not units.numel() or not math.isfinite(std):
+    std, mean = torch.std_mean(units, correction=0) if units.numel() else (units.sum()*math.nan, 0)
+    if not math.isfinite(std):
         raise ValueError(f'{name}: expected finite outputs, got a std of {std:g}, of {tuple(output.shape)}')
     if (units.amax(1) - units.amin(1)).max() <= 1e-6*units.abs().max():
         raise ValueError(f'{name}: expected outputs that differ from row to row, got constant ones')
     return mean, std
+
+@torch.no_grad()
+def _put_back(pairs):
+    for t, old in pairs: t.copy_(old)
+
+@contextmanager
+def _as_before(model, layers):
+    "Put back buffers and the random state at the end, and after an error the weights of layers, too."
+    buffers, states = [(b, b.clone()) for b in model.buffers()], get_rng_state()
+    weights = [(p, p.detach().clone()) for layer in layers for p in layer.parameters(recurse=False)]
+    try: yield
+    except BaseException:
+        _put_back(weights)
+        raise
+    finally:
+        _put_back(buffers)
+        set_rng_state(states)
 
 # %% ../nbs/21_initialization.ipynb #210086
 def lsuv_init(model:nn.Module, # its linear layers and convolutions are changed, in the order of their calls
@@ -335,34 +364,21 @@ def lsuv_init(model:nn.Module, # its linear layers and convolutions are changed,
              ) -> nn.Module: # the same model
     """Weights and biases such that each layer puts out mean 0 and std 1 (LSUV; Mishkin and Matas, 2015).
     Raises `ValueError` for layers that are frozen, shared, not called or constant; then nothing changes."""
-    model = getattr(model, '_orig_mod', model)  # of a compiled model
-    chosen = _to_rescale(model, None if layers is None else list(layers))
-    done, states = set(), get_rng_state()
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    weights = [(p, p.detach().clone()) for layer in chosen for p in layer.parameters(recurse=False)]
+    original = getattr(model, '_orig_mod', model)  # of a compiled model
+    names, done = _to_rescale(original, layers), set()
     def rescale(layer, inputs, output):
-        if layer in done: raise ValueError(f'{chosen[layer]}: expected one call in a pass, got several')
+        if layer in done: raise ValueError(f'{names[layer]}: expected one call in a pass, got several')
         done.add(layer)
-        mean, std = _mean_and_std(layer, chosen[layer], output)
+        mean, std = _mean_and_std(layer, names[layer], output)
         layer.weight.div_(std)
-        if layer.bias is None: return output/std.to(output.dtype)
+        if layer.bias is None: return (output/std).to(output.dtype)
         layer.bias.sub_(mean).div_(std)
         return ((output - mean)/std).to(output.dtype)
     args = xb if isinstance(xb, (tuple, list)) else () if isinstance(xb, dict) else (xb,)
     by_name = xb if isinstance(xb, dict) else {}
-    try:
-        with torch.no_grad(), Hooks(chosen, rescale): model(*args, **by_name)
-        missed = [name for layer, name in chosen.items() if layer not in done]
+    with _as_before(original, names), torch.no_grad():
+        with Hooks(names, rescale): original(*args, **by_name)
+        missed = [name for layer, name in names.items() if layer not in done]
         if missed:
             raise ValueError(f'{missed[0]}: expected a layer that is called, got none: give the others')
-    except BaseException:
-        _put_back(weights)
-        raise
-    finally:
-        _put_back(buffers)
-        set_rng_state(states)
     return model
-
-@torch.no_grad()
-def _put_back(pairs):
-    for t, old in pairs: t.copy_(old)
