@@ -116,6 +116,7 @@ def find(self:ActivationStats, model) -> dict: # layer -> its name
     if found: return {m: names[m] for m in found}
     raise ValueError('expected layers to look at, found none: give some, or a function that chooses them')
 
+# %% ../nbs/21_initialization.ipynb #210159
 @patch
 def before_fit(self:ActivationStats, learn):
     self.find(learn.model)
@@ -148,6 +149,7 @@ def watch(self:ActivationStats, learn, *inputs): # in place of the step `predict
     device = next(iter(rows.values())).device
     self.rows.append((self.n - 1, [*rows], torch.stack([row.to(device) for row in rows.values()])))
 
+# %% ../nbs/21_initialization.ipynb #210160
 @patch
 def __getstate__(self:ActivationStats): # without the Learner, and without a screen
     return {k: v for k, v in vars(self).items() if k not in ('plain', 'screen')}
@@ -191,6 +193,7 @@ def _draw_lines(axs, batches, names, shown, found):
     axs[2].set_ylim(-0.03, 1.03)
     label_lines(axs[2], gap=0.12)
 
+# %% ../nbs/21_initialization.ipynb #210161
 @patch
 def plot(self:ActivationStats,
          most:int=8): # layers to draw; of more, some at equal distances
@@ -217,6 +220,17 @@ def plot(self:ActivationStats,
     return fig
 
 # %% ../nbs/21_initialization.ipynb #210046
+def _png(fig):
+    "A figure as a small file, and closed."
+    import matplotlib.pyplot as plt
+    from PIL import Image
+    large, small = io.BytesIO(), io.BytesIO()
+    try: fig.savefig(large, format='png', dpi=160)
+    finally: plt.close(fig)
+    Image.open(large).convert('RGB').quantize(64, dither=Image.Dither.NONE).save(small, 'png', optimize=True)
+    return small.getvalue()
+
+# %% ../nbs/21_initialization.ipynb #210162
 class _Screen:
     "A picture in a notebook that is drawn anew while training; silent elsewhere, and when drawing fails."
     def __init__(self, stats):
@@ -232,15 +246,11 @@ class _Screen:
         self.next = time.perf_counter() + max(0.4, 4*(time.perf_counter() - start))
 
     def show(self):
-        import matplotlib.pyplot as plt
         from IPython.display import display
         batches, names, found = self.stats.table()
-        alt = f'Activations of {len(names)} layers up to batch {batches[-1]}; dead units at the end: ' + \
-              ', '.join(f'{name} {share:.0%}' for name, share in zip(names, found[-1, :, 2]))
-        fig, file = self.stats.plot(), io.BytesIO()
-        try: fig.savefig(file, format='png', dpi=110)
-        finally: plt.close(fig)
-        data = base64.b64encode(file.getvalue()).decode()
+        shares = [f'{name} {share:.0%}' for name, share in zip(names, found[-1, :, 2])]
+        alt = f'Activations of {len(names)} layers up to batch {batches[-1]}; dead units: {", ".join(shares)}'
+        data = base64.b64encode(_png(self.stats.plot())).decode()
         tag = f'<img alt="{html.escape(alt)}" width="800" src="data:image/png;base64,{data}">'
         data = {'text/markdown': tag, 'text/plain': alt}
         if self.handle is None: self.handle = display(data, raw=True, display_id=True)
@@ -294,6 +304,7 @@ def _fan_in(layer):
     if not isinstance(layer, _TRANSPOSED): return layer.weight[0].numel()
     return layer.in_channels//layer.groups*math.prod(layer.kernel_size)/math.prod(layer.stride)
 
+# %% ../nbs/21_initialization.ipynb #210165
 @torch.no_grad()
 def init_weights(model:nn.Module, # changed in place
                  leak:float=0., # slope of the ReLUs below zero
