@@ -6,7 +6,6 @@
 __all__ = ['standardize', 'BatchNorm', 'GroupNorm', 'InstanceNorm', 'LayerNorm', 'RMSNorm', 'Dropout']
 
 # %% ../nbs/22_normalization.ipynb #220003
-import math
 import torch
 from torch import Tensor, nn
 
@@ -40,10 +39,9 @@ class _ChannelNorm(_Norm):
 # %% ../nbs/22_normalization.ipynb #220034
 def _moments(x, dims):
     "Mean and biased variance over `dims`, which stay as dimensions of size 1."
-    dims = tuple(dims)
-    if math.prod(x.shape[d] for d in dims) == 1:
+    var, mean = torch.var_mean(x, tuple(dims), correction=0, keepdim=True)
+    if mean.numel() == x.numel() > 0:
         raise ValueError(f'expected more than one number for each mean, got input of shape {tuple(x.shape)}')
-    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
     return mean, var
 
 def standardize(x:Tensor, # floats
@@ -79,10 +77,10 @@ class BatchNorm(_ChannelNorm):
     @torch.no_grad()
     def track(self, mean, var, m): # m: numbers in each mean
         self.num_batches_tracked += 1
-        share = 1/self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        share = 1/self.num_batches_tracked if self.momentum is None else self.momentum
         unbiased = var*(m/(m - 1))
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running.lerp_(new.flatten().to(running.dtype), share)
+            running += share*(new.flatten() - running)
 
 # %% ../nbs/22_normalization.ipynb #220059
 class GroupNorm(_ChannelNorm):
@@ -93,7 +91,8 @@ class GroupNorm(_ChannelNorm):
                  n:int, # channels
                  eps:float=1e-5, # added to the variance, > 0
                  affine:bool=True): # learn a gain and a bias for each channel
-        if n % groups: raise ValueError(f'expected groups that divide {n} channels, got {groups}')
+        if groups < 1 or n % groups:
+            raise ValueError(f'expected groups that divide {n} channels, got {groups}')
         super().__init__(n, eps, affine)
         self.groups = groups
 
