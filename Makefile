@@ -8,7 +8,7 @@ META := settings.ini setup.py constraints.txt
 BENCH := .venv-bench/bin/python
 BENCH_PINS := tests/benchmarks/peers/constraints.txt
 BENCH_PIP := $(BENCH) -m pip install -qq --disable-pip-version-check -c $(BENCH_PINS)
-PEERS := lightning pytorch-ignite skorch accelerate keras jax optax flax fastprogress fastdownload fasttransform pandas requests
+PEERS := lightning pytorch-ignite skorch accelerate keras jax optax flax tinygrad fastprogress fastdownload fasttransform pandas requests
 NOTEBOOKS := $(wildcard nbs/*.ipynb)
 # In the README the notebooks and their picture lie one folder down, and everything else one folder less far up.
 LINKS := sed -E 's,\]\(([^)/:]+\.(ipynb|png))\),](nbs/\1),g; s,\]\(\.\./,](,g'

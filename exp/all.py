@@ -22,4 +22,5 @@ from exp.nb_13 import *
 from exp.nb_14 import *
 from exp.nb_15 import *
 from exp.nb_16 import *
+from exp.nb_20 import *
 from exp.nb_30 import *

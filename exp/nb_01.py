@@ -126,11 +126,11 @@ SHA256 = {
 # %% ../nbs/01_data.ipynb #010055
 def fetch(name:str, # a key of `MIRRORS`
           file:str, # a key of `SHA256[name]`
-          data_dir=None, # folder to download into; None: the user's cache
+          cache_dir=None, # folder to download into; None: the user's cache
          ) -> Path: # the file, its checksum verified
     "Find or download a file, setting a damaged one aside; raises `ConnectionError` if no mirror has it."
     with warnings.catch_warnings(action='ignore'): import pooch  # its tqdm asks for widgets in a notebook
-    folder, wanted = Path(data_dir or pooch.os_cache('exp')/name), SHA256[name][file]
+    folder, wanted = Path(cache_dir or pooch.os_cache('exp')/name), SHA256[name][file]
     path, failures = folder/file, []
     closed = getattr(sys.stderr, 'closed', False)
     with redirect_stderr(None) if closed else nullcontext():
@@ -159,11 +159,11 @@ def _find(folder, files):
     present = sorted(folder.iterdir()) if folder.is_dir() else []
     paths, missing = [], []
     for file in files:
-        usual = [folder/name for name in _usual_names(file)]
-        alike = [p for p in present if _bare(p.name) == _bare(file)]
-        found = [p for p in usual + alike if p.is_file()]
+        usual = _usual_names(file)
+        found = [p for p in present if p.is_file() and _bare(p.name) == _bare(file)]
+        found.sort(key=lambda p: usual.index(p.name) if p.name in usual else len(usual))  # usual ones first
         if found: paths.append(found[0])
-        else: missing.append(' or '.join(_usual_names(file)))
+        else: missing.append(' or '.join(usual))
     there = 'none of these' if folder.is_dir() else 'no folder'
     if missing: raise FileNotFoundError(f'{folder}: expected {"; and ".join(missing)}; found {there}')
     return paths
@@ -182,7 +182,7 @@ def _load(name, part, data_dir):
     return _pixels(x, paths[0]), y.long()
 
 def _pixels(x, path):
-    "Rows of float32 in [0, 1], from numbers up to 255, or from floats that are in [0, 1] already."
+    "Rows of float32 in [0, 1]: floats in [0, 1] stay, all else is divided by 255, even integers 0 and 1."
     low, high = x.aminmax() if x.numel() else (0, 0)
     if x.is_floating_point() and 0 <= low <= high <= 1: return x.flatten(1).float()
     if 0 <= low <= high <= 255: return x.flatten(1).float().div_(255)
@@ -190,7 +190,7 @@ def _pixels(x, path):
 
 # %% ../nbs/01_data.ipynb #010060
 def get_data(name:str='mnist', # 'mnist', 'fashion_mnist' or 'kmnist'
-             data_dir=None, # folder with the files, read as they are; None: the embedded ones, or a cache
+             data_dir=None, # folder to read instead of the embedded or fetched files; `name` is not checked
             ) -> tuple: # x_train (50000, 784), y_train (50000,), x_valid (10000, 784), y_valid (10000,)
     "Training and validation sets, pixels float32 in [0, 1], labels int64; `ValueError` for another name."
     x, y = _load(name, 'train', data_dir)

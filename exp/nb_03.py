@@ -24,43 +24,39 @@ def logsumexp(x:Tensor, # any shape, floating point
              ) -> Tensor: # the shape of `x` without `dim`
     "log(sum(exp(x))) along `dim`, without overflow; -inf where all of `x` is."
     m = x.detach().amax(dim, keepdim=True)
-    m = torch.where(m.isfinite(), m, 0)  # -inf - -inf would be nan
+    m = torch.where(m.isfinite(), m, 0)
     out = m + (x - m).exp().sum(dim, keepdim=True).log()
     return out if keepdim else out.squeeze(dim)
 
 # %% ../nbs/03_losses.ipynb #030056
-def _check_target(inp, target, dim):
-    "`target` as int64; raises `ValueError` unless it has one class index for each position."
-    expected = list(inp.shape)
+def _check_target(scores, target, dim, ignore_index):
+    "Targets as int64, 0 where they don't count, and which count; raises `ValueError` for shape or dtype."
+    expected = list(scores.shape)
     expected.pop(dim)
     if list(target.shape) != expected:
-        found = f'{tuple(inp.shape)}, got {tuple(target.shape)}'
+        found = f'{tuple(scores.shape)}, got {tuple(target.shape)}'
         raise ValueError(f'expected targets of shape {tuple(expected)} for {found}')
     if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(f'expected class indices, integers, got {target.dtype}')
-    return target.long()
-
-# %% ../nbs/03_losses.ipynb #030145
-def _counted(target, ignore_index):
-    "Which positions count."
-    return torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+    target = target.long()
+    counted = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+    return target.where(counted, 0), counted
 
 # %% ../nbs/03_losses.ipynb #030147
-def _pick(x, target, counted, dim):
-    "What `x` holds at the targets along `dim`, and anything where they are not `counted`."
-    try: return x.gather(dim, target.where(counted, 0).unsqueeze(dim)).squeeze(dim)
-    except RuntimeError as e:
-        if 'out of bounds' not in str(e): raise  # PyTorch's words for a label that is no class
-        low, high = target[counted].aminmax()
-        raise ValueError(f'expected targets in 0 to {x.shape[dim] - 1}, got {low} to {high}') from None
+def _check_classes(target, n):
+    "Raise `ValueError` if a target on the CPU is not in 0 to n - 1."
+    if not target.is_cpu or target.numel() == 0: return
+    low, high = target.aminmax()
+    if low < 0 or high >= n: raise ValueError(f'expected targets in 0 to {n - 1}, got {low} to {high}')
 
 # %% ../nbs/03_losses.ipynb #030083
-def _check_weight(weight, x, dim):
-    "`weight` as a tensor like `x`, or None; raises `ValueError` unless it has a number for each class."
-    if weight is None: return None
-    weight = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
-    if weight.shape == (x.shape[dim],): return weight
-    raise ValueError(f'expected a weight for each of {x.shape[dim]} classes, got shape {tuple(weight.shape)}')
+def _class_weights(weight, scores, dim):
+    "`weight` as a tensor like `scores`, ones for None; raises `ValueError` unless it has one for each class."
+    n = scores.shape[dim]
+    if weight is None: return scores.new_ones(n)
+    weight = torch.as_tensor(weight, dtype=scores.dtype, device=scores.device)
+    if weight.shape == (n,): return weight
+    raise ValueError(f'expected a weight for each of {n} classes, got shape {tuple(weight.shape)}')
 
 def _reduce(losses, amounts, reduction):
     "`losses` as they are ('none'), their sum, or the sum divided by that of `amounts` ('mean')."
@@ -69,20 +65,22 @@ def _reduce(losses, amounts, reduction):
     if reduction == 'none': return losses
     if reduction == 'sum': return losses.sum()
     wide = torch.promote_types(losses.dtype, torch.float32)  # 16 bits can't hold the sum of many losses
-    total = amounts.sum() if amounts.dtype == torch.bool else amounts.sum(dtype=wide)  # True counts as 1
-    return (losses.sum(dtype=wide) / total).to(losses.dtype)
+    return (losses.sum(dtype=wide) / amounts.sum(dtype=wide)).to(losses.dtype)
 
 # %% ../nbs/03_losses.ipynb #030057
-def _losses(log_p, target, dim, ignore_index, weight):
-    "The loss of each position, how much it counts, whether it counts, and `weight` as a tensor."
-    target, weight = _check_target(log_p, target, dim), _check_weight(weight, log_p, dim)
-    counted = amounts = _counted(target, ignore_index)
-    losses = -_pick(log_p, target, counted, dim)
-    if weight is not None:
-        amounts = weight[target.where(counted, 0)].where(counted, 0)
-        losses = losses * amounts
-    return losses.where(counted, 0), amounts, counted, weight
+def _loss(log_p, target, dim, reduction, ignore_index, weight, smoothing=0.):
+    "What `nll` and `cross_entropy` share, from log probabilities on."
+    target, counted = _check_target(log_p, target, dim, ignore_index)
+    _check_classes(target, log_p.shape[dim])
+    weight = _class_weights(weight, log_p, dim)
+    amounts = weight[target].where(counted, 0)  # how much each position counts
+    losses = -amounts * log_p.gather(dim, target.unsqueeze(dim)).squeeze(dim)
+    if smoothing > 0:
+        over_classes = -(log_p.movedim(dim, -1) * weight).mean(-1)
+        losses = (1 - smoothing)*losses + smoothing*over_classes
+    return _reduce(losses.where(counted, 0), amounts, reduction)
 
+# %% ../nbs/03_losses.ipynb #30283
 def nll(log_p:Tensor, # log probabilities, any shape, classes along `dim`
         target:Tensor, # class indices, integer, the shape of `log_p` without `dim`
         dim:int=-1, # of the classes
@@ -91,8 +89,7 @@ def nll(log_p:Tensor, # log probabilities, any shape, classes along `dim`
         weight:Tensor=None, # of each class (C,); None: all the same
        ) -> Tensor: # 0-d, or the shape of `target` for 'none'; nan for the mean of nothing
     "Negative log likelihood of the targets; raises `ValueError` for arguments that don't fit."
-    losses, amounts, _, _ = _losses(log_p, target, dim, ignore_index, weight)
-    return _reduce(losses, amounts, reduction)
+    return _loss(log_p, target, dim, reduction, ignore_index, weight)
 
 # %% ../nbs/03_losses.ipynb #030069
 def cross_entropy(inp:Tensor, # scores, any shape, classes along `dim`
@@ -106,12 +103,7 @@ def cross_entropy(inp:Tensor, # scores, any shape, classes along `dim`
     "Cross-entropy of scores and target classes; raises `ValueError` for arguments that don't fit."
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f'expected label_smoothing in 0 to 1, got {label_smoothing}')
-    log_p = log_softmax(inp, dim)
-    losses, amounts, counted, weight = _losses(log_p, target, dim, ignore_index, weight)
-    if label_smoothing > 0:
-        if weight is not None: log_p = (log_p.movedim(dim, -1) * weight).movedim(-1, dim)
-        losses = (1 - label_smoothing)*losses - label_smoothing*log_p.mean(dim).where(counted, 0)
-    return _reduce(losses, amounts, reduction)
+    return _loss(log_softmax(inp, dim), target, dim, reduction, ignore_index, weight, label_smoothing)
 
 # %% ../nbs/03_losses.ipynb #030077
 def accuracy(out:Tensor, # scores, any shape, classes along `dim`
@@ -120,9 +112,8 @@ def accuracy(out:Tensor, # scores, any shape, classes along `dim`
              ignore_index:int=-100, # the target of positions that don't count; None: all count
             ) -> Tensor: # 0-d float32, 0 to 1; nan if no position counts
     "Share of positions where the target has the highest score; raises `ValueError` for targets that misfit."
-    target = _check_target(out, target, dim)
-    counted = _counted(target, ignore_index)
-    if out.shape[dim] == 1 and ((target != 0) & counted).any():
+    target, counted = _check_target(out, target, dim, ignore_index)
+    if out.shape[dim] == 1 and target.any():
         raise ValueError(f'expected a score for each class, got one column of scores, {tuple(out.shape)}')
-    if out.is_cpu: _pick(out, target, counted, dim)  # raises if a label is no class
+    _check_classes(target, out.shape[dim])
     return ((out.argmax(dim) == target) & counted).sum() / counted.sum()

@@ -65,7 +65,8 @@ def _event_here(name):
 
 def _check_name(owner, name, is_method):
     "Raise `TypeError` if a method of a callback has a name that would never be called."
-    if name in EVENTS or not is_method and not name.startswith(('before_', 'after_', 'cleanup_')): return
+    if name in EVENTS: return
+    if not is_method and not name.startswith(('before_', 'after_', 'cleanup_')): return
     if name in STEPS:
         raise TypeError(f'expected an event, got {owner}.{name}, a step: override it in a subclass of '
                         f'Learner, or set learn.{name} in before_fit')
@@ -97,6 +98,7 @@ class Callback:
 class _Batch:
     "The running batch of a Learner, and the steps that are taken with it."
     batch = pred = loss = None
+    asks_closure = False  # whether the optimizer's step wants to be given `closure`
     by_loss_func, _weigher = False, (None, None)  # whether `loss_func` gave the loss, and what weighs it
 
     @property
@@ -132,8 +134,8 @@ class Learner(_Batch):
     debug = None      # keep the local variables in a traceback; None: where a debugger may look at them
     running, depth = (), 0    # the callbacks that take part now, and how many fits and passes are open
     fitting = failed = False  # whether this is a pass of a fit, and whether an error has ended a phase of it
-    training = iter = n_iter = epoch = n_epochs = max_batches = None
-    opt, asks_closure, _made, _told = None, False, None, None  # the optimizer, and what is known of it
+    training = iter = n_iter = epoch = n_epochs = max_batches = None  # where a fit is, and when it ends
+    opt = _made = _told = None  # the optimizer, what it was made of, what was said about missing parameters
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -152,7 +154,8 @@ class Learner(_Batch):
         self.model, self.dls, self.loss_func, self.opt_func = model, tuple(dls), loss_func, opt_func
         self.lr, self.progress = lr, progress
         self.results = {}  # of the last epoch, name -> number
-        self.metrics, cbs = metrics if type(metrics) is dict else as_list(metrics), as_list(cbs)
+        self.metrics = metrics if type(metrics) is dict else as_list(metrics)
+        cbs = as_list(cbs)
         self.cbs = [cb() for cb in self.default_cbs if not any(isinstance(c, cb) for c in cbs)] + cbs
 
     @property
@@ -307,14 +310,15 @@ class _Made:
         self.opt, self.opt_func, self.lr = learn.opt, learn.opt_func, _as_it_is(learn.lr)
         self.by_default = by_default
         self.rates = [float(g['lr']) if g.get('lr') is not None else None for g in learn.opt.param_groups]
-        self.given, owned = [*_params(learn).values()], _owned(learn.opt)
+        self.given = [*_params(learn).values()]
+        owned = _owned(learn.opt)
         self.left_out = [p for p in self.given if p.requires_grad and id(p) not in owned]
 
 def _owned(opt): return {id(p) for group in opt.param_groups for p in group['params']}
 
-@patch
-def _set_rates(self:Learner, rates):
-    for group, rate in zip(self.opt.param_groups, rates): group['lr'] = rate
+# %% ../nbs/10_learner.ipynb #100623
+def _set_rates(opt, rates):
+    for group, rate in zip(opt.param_groups, rates): group['lr'] = rate
 
 @patch
 def _new_lr(self:Learner, made):
@@ -326,24 +330,8 @@ def _new_lr(self:Learner, made):
         return warnings.warn(f'lr is {new:g} now, but something else has changed the rates of the optimizer: '
                              f'it goes on with {rates}; give fit an lr, or reset_opt=True')
     made.rates = [new if rate == old else rate*new/old for rate in made.rates]
-    self._set_rates(made.rates)
+    _set_rates(self.opt, made.rates)
     made.lr = _as_it_is(self.lr)
-
-# %% ../nbs/10_learner.ipynb #100396
-@patch
-def ready_opt(self:Learner,
-              reset:bool=False): # make a new optimizer even if there is one
-    "See that there is an optimizer, and that it goes by the Learner's `opt_func` and `lr`."
-    made = self._made
-    if made and made.opt is not self.opt: made = None
-    if self.opt is None or reset or made and made.opt_func is not self.opt_func:
-        self.create_opt()
-        if self._made is None or self._made.opt is not self.opt: self._made = _Made(self)
-    elif made and made.lr != self.lr: self._new_lr(made)
-    _check_opt(self.opt)
-    closure = inspect.signature(self.opt.step).parameters.get('closure')
-    self.asks_closure = closure is not None and closure.default is closure.empty
-    self.adopt()
 
 # %% ../nbs/10_learner.ipynb #100204
 @patch
@@ -376,19 +364,35 @@ def _start_anew(self:Learner):
 @patch
 def _take_in(self:Learner, new, params):
     "Put new parameters in the group that others have left, or the last one, in the order of a new optimizer."
-    groups, state = self.opt.param_groups, self.opt.state
+    groups = self.opt.param_groups
     gone = {id(p) for p in self._made.given} - params.keys()
     losing = [group for group in groups if any(id(p) in gone for p in group['params'])]
     taking = losing[0] if len(losing) == 1 else groups[-1]
-    for group in groups:
+    for group in losing:
         for p in group['params']:
-            if id(p) in gone: state.pop(p, None)
+            if id(p) in gone: self.opt.state.pop(p, None)
         group['params'][:] = [p for p in group['params'] if id(p) not in gone]
-    of_no_module = [p for p in taking['params'] if id(p) not in params]
     wanted = new.keys() | {id(p) for p in taking['params']}
-    taking['params'][:] = of_no_module + [p for i, p in params.items() if i in wanted]
+    foreign = [p for p in taking['params'] if id(p) not in params]  # of no module: added by hand
+    taking['params'][:] = foreign + [p for i, p in params.items() if i in wanted]
     self._made.given = [*params.values()]
 
+# %% ../nbs/10_learner.ipynb #100396
+@patch
+def ready_opt(self:Learner, reset:bool=False): # make a new optimizer even if there is one
+    "See that there is an optimizer, and that it goes by the Learner's `opt_func` and `lr`."
+    made = self._made
+    if made and made.opt is not self.opt: made = None
+    if self.opt is None or reset or made and made.opt_func is not self.opt_func:
+        self.create_opt()
+        if self._made is None or self._made.opt is not self.opt: self._made = _Made(self)
+    elif made and made.lr != self.lr: self._new_lr(made)
+    _check_opt(self.opt)
+    closure = inspect.signature(self.opt.step).parameters.get('closure')
+    self.asks_closure = closure is not None and closure.default is closure.empty
+    self.adopt()
+
+# %% ../nbs/10_learner.ipynb #100630
 def load_opt_state(opt, # torch.optim.Optimizer
                    state:dict): # from its `state_dict`, or that of another with the same groups
     "As `opt.load_state_dict`, but the dicts of `param_groups`, which others may hold, stay the same objects."
@@ -514,12 +518,12 @@ def fit(self:Learner,
     kept = [(p, p.grad) for p in _params(self).values()] if self.depth else []  # of a fit around this one
     try:
         if kept: self.zero_grad()
-        if lr is not None: self._set_rates(self.rates(lr))
+        if lr is not None: _set_rates(self.opt, self.rates(lr))
         with self.nested(self._with(cbs), fitting=True):
             self.n_epochs, self.epoch, self.max_batches = n_epochs, 0, max_batches
             self._phase('fit', self._epochs, CancelFit)
     finally:
-        if lr is not None: self._set_rates(before)
+        if lr is not None: _set_rates(self.opt, before)
         self.zero_grad()
         for p, grad in kept: p.grad = grad
 
@@ -566,8 +570,7 @@ class Loss(Metric):
 class Metrics(Callback):
     "Measures loss and metrics over each epoch, and puts them into `learn.results`, name -> number."
     order, sweep = -5, False
-    def __init__(self,
-                 train:bool=False): # measure all metrics on the training rows, too, as they are trained on
+    def __init__(self, train:bool=False): # measure all metrics on the training rows, too, as they come
         self.train = train
 
     def before_fit(self, learn): self.begin(learn, apart=learn.depth > 1)
@@ -722,8 +725,7 @@ Learner.default_cbs += (Recorder,)
 
 # %% ../nbs/10_learner.ipynb #100080
 @patch
-def plot_loss(self:Recorder,
-              ax=None): # matplotlib axes; None: a new figure
+def plot_loss(self:Recorder, ax=None): # matplotlib axes; None: a new figure
     "Draw the training loss, averaged over a hundredth of the fit, and the validation losses."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
@@ -743,8 +745,7 @@ def plot_loss(self:Recorder,
 
 # %% ../nbs/10_learner.ipynb #100607
 @patch
-def plot_lr(self:Recorder,
-            ax=None): # matplotlib axes; None: a new figure
+def plot_lr(self:Recorder, ax=None): # matplotlib axes; None: a new figure
     "Draw the learning rate of each batch, and the momentum if it changes; return the axes."
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(6, 2.4))[1]
@@ -764,8 +765,7 @@ def to_dict(self:Recorder) -> dict: # lists and numbers only: ready for json
                 momenta=[float(momentum) for momentum in self.momenta], epochs=self.epochs)
 
 @patch
-def to_csv(self:Recorder,
-           path): # file to write; an old one stays until the new one is complete
+def to_csv(self:Recorder, path): # file to write; an old one stays until the new one is complete
     "Write one line an epoch, under a heading."
     path = Path(path)
     rows, columns = self.epochs, dict.fromkeys(k for row in self.epochs for k in row)
@@ -782,8 +782,7 @@ def to_csv(self:Recorder,
 class StopOnNaN(Callback):
     "Raises `FloatingPointError`, naming epoch, batch and rate, if a training loss is nan or infinite."
     order, sweep = 6, False
-    def __init__(self,
-                 every:int=100): # batches between checks, each of which waits for the device; at least 1
+    def __init__(self, every:int=100): # batches between checks, which wait for the device; at least 1
         self.every = whole_number(every, 'every')
 
     def before_epoch(self, learn): self.seen = []
@@ -876,8 +875,7 @@ class _Table(_Lines):
 class Progress(Callback):
     "Shows the results of each epoch, and where there is a screen, how far the epoch has got."
     order, sweep, next, screen = 10, False, math.inf, None
-    def __init__(self,
-                 every:float=0.25): # seconds between two looks at the loss, at least 0
+    def __init__(self, every:float=0.25): # seconds between two looks at the loss, at least 0
         if not every >= 0: raise ValueError(f'expected at least 0 seconds between two looks, got {every}')
         self.every = every
 

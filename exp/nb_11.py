@@ -90,6 +90,44 @@ def sched_wsd(start:float, # at the beginning
     parts = [sched_lin(start, top), sched_const(top), sched_lin(top, end)]
     return combine_scheds([warmup, 1 - warmup - decay, decay], parts)
 
+# %% ../nbs/11_schedules.ipynb #110055
+SuggestedLRs = namedtuple('SuggestedLRs', 'valley steepest')
+
+def _steepest(lrs, losses):
+    "Where the loss falls fastest, before its lowest point."
+    lowest = min(range(1, len(losses)), key=losses.__getitem__)
+    return lrs[min(range(lowest), key=lambda i: losses[i + 1] - losses[i])]
+
+def _longest_fall(losses):
+    "The indices of the longest falling sequence."
+    longest = []  # for each loss, the one that ends with it
+    for i, loss in enumerate(losses):
+        higher = [path for path in longest if losses[path[-1]] > loss]
+        longest.append(max(higher, key=len, default=[]) + [i])
+    return max(longest, key=len)
+
+def _valley(lrs, losses):
+    "Halfway down the longest falling sequence."
+    path = _longest_fall(losses)
+    half = (losses[path[0]] + losses[path[-1]])/2
+    return next(lrs[i] for i in path if losses[i] <= half)
+
+# %% ../nbs/11_schedules.ipynb #110058
+def _plot_sweep(sweep, found):
+    "Losses by rate, cut off where they explode, with a mark for each suggestion."
+    import matplotlib.pyplot as plt
+    ax = plt.subplots(figsize=(5.6, 2.8))[1]
+    ax.plot(sweep.lrs, sweep.raw, lw=0.7, color=COLORS['sky'], label='one batch')
+    ax.plot(sweep.lrs, sweep.losses, color=COLORS['gray'], label='smoothed')
+    for name, lr, color in zip(found._fields, found, ('blue', 'vermillion')):
+        if lr is None: continue
+        loss = sweep.losses[sweep.lrs.index(lr)]
+        ax.plot(lr, loss, 'o', color=COLORS[color], label=f'{name}: {lr:.2g}')
+    ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='training loss')
+    first, low = sweep.losses[0], min(sweep.raw)  # from a little below the lowest to a little above the first
+    ax.set_ylim(low - 0.1*(first - low), max(first + 0.2*(first - low), first + 1e-3*abs(first)))
+    ax.legend(loc='lower left', frameon=False)
+
 # %% ../nbs/11_schedules.ipynb #110036
 def _set_hyper(group, name, value):
     if name == 'momentum' and name not in group: group['betas'] = (value, *group['betas'][1:])
@@ -113,7 +151,7 @@ def _is_number(value): return isinstance(value, (int, float, torch.Tensor)) and 
 # %% ../nbs/11_schedules.ipynb #110037
 class Scheduler(Callback):
     "Sets entries of the optimizer's groups before each training batch, and puts them back after the fit."
-    order, sweep = -1, False  # before those that look at the rate; not while `lr_find` sets it
+    order, sweep = -1, False  # before those that look at the rate, and not in `lr_find`, which sets it
     def __init__(self, **scheds): # name of the entry -> function of progress, or a list of them, one a group
         for name, each in scheds.items():
             if not all(map(callable, as_list(each))):
@@ -174,75 +212,36 @@ def _check_cycle(pct_start, moms=None, **divisors):
     for name, value in divisors.items():
         if not 0 < value < math.inf: raise ValueError(f'expected {name} above 0, got {value}')
 
-# %% ../nbs/11_schedules.ipynb #110053
+# %% ../nbs/11_schedules.ipynb #110453
 class _Sweep(Callback):
     "Raises the rate step by step; records the smoothed loss of each; ends the fit when it explodes."
-    order = -1
+    order, beta = -1, 0.9  # beta: of the running mean
     def __init__(self, sched, steps, diverged): self.sched, self.steps, self.diverged = sched, steps, diverged
 
     def before_fit(self, learn):
-        self.i, self.mean, self.batches = 0, 0., []
-        self.lrs, self.raw, self.losses = [], [], []
+        self.mean, self.batches, self.lrs, self.raw, self.losses = 0., [], [], [], []
 
     def before_batch(self, learn):
-        self.lr = self.sched(self.i/(self.steps - 1))
+        self.lr = self.sched(len(self.lrs)/(self.steps - 1))
         for group in learn.opt.param_groups: group['lr'] = self.lr
 
     def after_loss(self, learn): self.batches.append(learn.loss.detach())
 
     def after_step(self, learn):
         raw, self.batches = torch.stack(self.batches).mean().item(), []
-        self.i += 1
-        self.mean = 0.9*self.mean + 0.1*raw
-        loss = self.mean/(1 - 0.9**self.i)  # smoothed
+        self.mean = self.beta*self.mean + (1 - self.beta)*raw
+        loss = self.mean/(1 - self.beta**(len(self.lrs) + 1))  # smoothed
         if not math.isfinite(loss) or self.exploded(loss): raise CancelFit
         self.lrs.append(self.lr)
         self.raw.append(raw)
         self.losses.append(loss)
-        if self.i == self.steps: raise CancelFit
+        if len(self.lrs) == self.steps: raise CancelFit
 
     def exploded(self, loss):
         if not self.losses: return False
         low = min(self.losses)
         scale = low if low > 0 else max(-low, self.losses[0] - low)
         return loss - low > (self.diverged - 1)*scale
-
-# %% ../nbs/11_schedules.ipynb #110055
-SuggestedLRs = namedtuple('SuggestedLRs', 'valley steepest')
-
-def _steepest(lrs, losses):
-    "Where the loss falls fastest, before its lowest point."
-    lowest = min(range(1, len(losses)), key=losses.__getitem__)
-    return lrs[min(range(lowest), key=lambda i: losses[i + 1] - losses[i])]
-
-def _longest_fall(losses):
-    "The indices of the longest falling sequence."
-    longest = []  # for each loss, the one that ends with it
-    for i, loss in enumerate(losses):
-        higher = [path for path in longest if losses[path[-1]] > loss]
-        longest.append(max(higher, key=len, default=[]) + [i])
-    return max(longest, key=len)
-
-def _valley(lrs, losses):
-    "Halfway down the longest falling sequence."
-    path = _longest_fall(losses)
-    half = (losses[path[0]] + losses[path[-1]])/2
-    return next(lrs[i] for i in path if losses[i] <= half)
-
-# %% ../nbs/11_schedules.ipynb #110058
-def _plot_sweep(sweep, found):
-    "Losses by rate, cut off where they explode, with a mark for each suggestion."
-    import matplotlib.pyplot as plt
-    ax, first, low = plt.subplots(figsize=(5.6, 2.8))[1], sweep.losses[0], min(sweep.raw)
-    ax.plot(sweep.lrs, sweep.raw, lw=0.7, color=COLORS['sky'], label='one batch')
-    ax.plot(sweep.lrs, sweep.losses, color=COLORS['gray'], label='smoothed')
-    for name, lr, color in zip(found._fields, found, ('blue', 'vermillion')):
-        if lr is None: continue
-        loss = sweep.losses[sweep.lrs.index(lr)]
-        ax.plot(lr, loss, 'o', color=COLORS[color], label=f'{name}: {lr:.2g}')
-    ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='training loss')
-    ax.set_ylim(low - 0.1*(first - low), max(first + 0.2*(first - low), first + 1e-3*abs(first)))
-    ax.legend(loc='lower left', frameon=False)
 
 # %% ../nbs/11_schedules.ipynb #110211
 def _falls(raw, losses):
@@ -267,8 +266,8 @@ def _suggest(sweep):
 def _generators(dls):
     "The random generators of loaders and their samplers, ours and torch's."
     owners = [o for dl in dls for o in (dl, getattr(dl, 'sampler', None))]
-    found = [g for o in owners if isinstance(g := getattr(o, 'generator', None), torch.Generator)]
-    return list({id(g): g for g in found}.values())
+    found = [getattr(o, 'generator', None) for o in owners]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())  # each once
 
 def get_rng_state(dls=() # loaders whose own generators to include
                  ) -> dict: # of numbers, tuples and tensors

@@ -23,7 +23,8 @@ def newton_schulz(g:Tensor, # matrix (m, n)
                   dtype=None, # to compute in, such as torch.bfloat16; None: that of `g`
                  ) -> Tensor: # (m, n), its singular values near one
     "About U V^T of the decomposition g = U S V^T, from matrix products alone (Jordan et al., 2024)."
-    (a, b, c), wide = coefficients, g.shape[0] <= g.shape[1]
+    a, b, c = coefficients
+    wide = g.shape[0] <= g.shape[1]
     x = (g if wide else g.T).to(dtype or g.dtype)  # (k, l), k <= l: the smaller product below
     x = x/x.norm().clamp(min=eps)                  # now no singular value is above one
     for _ in range(steps):
@@ -36,7 +37,8 @@ def newton_schulz(g:Tensor, # matrix (m, n)
 class BaseOptimizer(torch.optim.Optimizer):
     "Base of optimizers: write `update(params, grads, **options)`, for lists of one dtype on one device."
     twin, sparse = None, False  # PyTorch's class for the same rule; are sparse gradients taken?
-    def __init_subclass__(cls): cls.twin_options = cls.twin([torch.zeros(1, 1)]).defaults if cls.twin else {}
+    def __init_subclass__(cls):
+        cls.twin_options = cls.twin([torch.zeros(1, 1)]).defaults if cls.twin else {}
     def __init__(self, params, # iterable of Tensors, pairs (name, Tensor), or groups: dicts with options
                  **options): # name -> value for the groups that don't say
         self.names = frozenset(options)
@@ -52,9 +54,9 @@ class BaseOptimizer(torch.optim.Optimizer):
             for params, options in lists: self.update(params, [p.grad for p in params], **options)
         return loss
 
-    def lists(self, group) -> list: # of pairs (parameters, options)
+    def lists(self, group): # yields pairs (parameters, options)
         "The parameters of a group that have a gradient, in lists of one kind."
-        options, kinds, found = self.options(group), {}, []
+        options, kinds = self.options(group), {}
         for p in group['params']:
             g = p.grad
             if g is not None: kinds.setdefault((g.layout, p.dtype, p.device, type(p)), []).append(p)
@@ -63,8 +65,7 @@ class BaseOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(f'{type(self).__name__} does not support sparse gradients with {options}')
             lr = options.get('lr')
             if isinstance(lr, Tensor): options = options | dict(lr=lr.detach().reshape(()).to(device))
-            found.append((params, options))
-        return found
+            yield params, options
 
 # %% ../nbs/12_optimizers.ipynb #120338
 @patch
@@ -77,11 +78,11 @@ def options(self:BaseOptimizer, group) -> dict: # name -> value
 
 @patch
 def recall(self:BaseOptimizer, params, name:str, like=None) -> list: # of Tensors, to be changed in place
-    "What `state` remembers of each parameter under `name`: zeros at first, like it or like `like`."
-    found, first = [], params[0] if like is None else like
-    dtype, device = first.dtype, first.device
-    for p in params:
-        record, form = self.state[p], p if like is None else like
+    "What `state` remembers of each parameter under `name`: zeros at first, of its shape or that of `like`."
+    forms = params if like is None else [like]*len(params)
+    found, dtype, device = [], forms[0].dtype, forms[0].device
+    for p, form in zip(params, forms):
+        record = self.state[p]
         v = record.get(name)
         if v is None: v = record[name] = torch.zeros_like(form)
         elif v.dtype is not dtype or v.device != device: v = record[name] = torch.empty_like(form).copy_(v)
@@ -124,11 +125,11 @@ def _descend(params, steps, lr):
 
 def _fused(kernel, params, grads, remembered, *lists, **options):
     "Run a kernel of PyTorch's over the lists and return True, or return False where it doesn't fit."
-    first, order = params[0], [p.stride() for p in params]
+    first, strides = params[0], [p.stride() for p in params]
     plain = type(first) in (Tensor, nn.Parameter) and first.is_floating_point() and not grads[0].is_sparse
     if not plain or first.device.type not in ('cpu', 'cuda') or torch.compiler.is_compiling(): return False
-    if order != [v.stride() for v in remembered]: return False  # gaps in memory
-    grads = [g if g.stride() == s else torch.empty_like(p).copy_(g) for p, g, s in zip(params, grads, order)]
+    if strides != [v.stride() for v in remembered]: return False  # these have no gaps, so a parameter has
+    grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in zip(params, grads)]
     kernel(params, grads, remembered, *lists, maximize=False, **options)
     try: torch.autograd.graph.increment_version(params)
     except RuntimeError:  # before PyTorch 2.5 it takes one at a time
@@ -221,6 +222,7 @@ class AdamW(Adam):
 # %% ../nbs/12_optimizers.ipynb #120220
 _OFF = dict(maximize=False, amsgrad=False, dampening=0, centered=False, capturable=False,
             differentiable=False, foreach=None, fused=None)
+_SHARES, _NUMBERS = ('momentum', 'alpha', 'betas'), ('lr', 'weight_decay', 'eps', 'ratio', 'ns_steps')
 
 @patch
 def refuse_foreign(self:BaseOptimizer, group):
@@ -232,8 +234,6 @@ def refuse_foreign(self:BaseOptimizer, group):
         del group[name]
 
 # %% ../nbs/12_optimizers.ipynb #120357
-_SHARES, _NUMBERS = ('momentum', 'alpha', 'betas'), ('lr', 'weight_decay', 'eps', 'ratio', 'ns_steps')
-
 @patch
 def check(self:BaseOptimizer, group):
     "Raise `ValueError` for a value or an option that is wrong."
@@ -246,8 +246,6 @@ def check(self:BaseOptimizer, group):
         below = ' and below 1' if name in _SHARES else ''
         if not good: raise ValueError(f'expected {name} of at least 0{below}, got {value!r}')
     self.options(group)
-    flat = [tuple(p.shape) for p in group['params'] if p.ndim < 2 and group.get('muon')]
-    if flat: raise ValueError(f'expected matrices in a group with muon=True, got shapes {flat}')
 
 @patch
 def add_param_group(self:BaseOptimizer, group): # dict with `params` and options
@@ -259,10 +257,13 @@ def add_param_group(self:BaseOptimizer, group): # dict with `params` and options
         raise
 
 # %% ../nbs/12_optimizers.ipynb #120343
-def _muon_groups(params, hidden):
-    "Groups of those parameters, or pairs (name, parameter), that are among `hidden`, and of the others."
-    matrices, others = [p for p in params if p in hidden], [p for p in params if p not in hidden]
-    groups = [dict(params=matrices, muon=True), dict(params=others, muon=False)]
+def _muon_groups(params, hidden=None):
+    "Groups of parameters or pairs (name, parameter): the `hidden`, or all matrices but the last; the others."
+    if hidden is None:
+        matrices = [p for p in params if (p[1] if isinstance(p, tuple) else p).ndim >= 2]
+        hidden = set(matrices[:-1])
+    groups = [dict(params=[p for p in params if p in hidden], muon=True),
+              dict(params=[p for p in params if p not in hidden], muon=False)]
     return [group for group in groups if group['params']]
 
 def _muon_step(opt, params, grads, lr, weight_decay, momentum, nesterov, ns_steps, ns_dtype):
@@ -281,7 +282,7 @@ class Muon(BaseOptimizer):
     "Momentum with singular values made one, for hidden matrices; AdamW for the rest (Jordan et al., 2024)."
     twin = getattr(torch.optim, 'Muon', None)  # since PyTorch 2.9
     def __init__(self, params, # groups, as of `split_params`; or Tensors, all matrices but the last hidden
-                 lr:float=1e-3, # learning rate of the matrices
+                 lr:float=1e-3, # learning rate of the matrices; the default is PyTorch's, try 0.01 first
                  weight_decay:float=0.1, # the weights shrink by their rate times this at each step
                  momentum:float=0.95, # share of the running mean that is kept, below 1
                  nesterov:bool=True, # look ahead
@@ -291,15 +292,18 @@ class Muon(BaseOptimizer):
                  betas=(0.9, 0.95), # of AdamW
                  muon:bool=True): # whether a group that doesn't say is one of matrices
         params = list(params)
-        if params and not isinstance(params[0], dict):
-            matrices = [p for p in params if (p[1] if isinstance(p, tuple) else p).ndim >= 2]
-            params = _muon_groups(params, set(matrices[:-1]))
+        if params and not isinstance(params[0], dict): params = _muon_groups(params)
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                          ns_steps=ns_steps, ns_dtype=ns_dtype, ratio=ratio, betas=betas, muon=muon)
 
     def option_names(self, group): # matrices lack the options of AdamW, the others those of momentum
         lacks = {'ratio', 'betas'} if group['muon'] else {'momentum', 'nesterov', 'ns_steps', 'ns_dtype'}
         return self.names - lacks
+
+    def check(self, group):
+        super().check(group)
+        flat = [tuple(p.shape) for p in group['params'] if group['muon'] and p.ndim < 2]
+        if flat: raise ValueError(f'expected matrices in a group with muon=True, got shapes {flat}')
 
     def update(self, params, grads, lr, weight_decay, muon, ratio=None, betas=None, **of_matrices):
         if params[0].is_complex(): raise RuntimeError('Muon does not support complex weights')
@@ -330,6 +334,11 @@ class EMA(Callback):
     @torch.no_grad()
     def after_step(self, learn): torch._foreach_lerp_(self.mean, self.params, 1 - self.decay)
 
+    def cleanup_epoch(self, learn): self.show(learn.epoch + 1 >= learn.n_epochs)  # the mean after the last
+    def cleanup_fit(self, learn):
+        self.show(not learn.failed)
+        self.params = self.mean = None
+
 # %% ../nbs/12_optimizers.ipynb #120348
 @patch
 def show(self:EMA, averaged):
@@ -352,14 +361,6 @@ def around_pass(self:EMA, learn):
     try: yield
     finally:
         if nested: self.show(before)
-
-@patch
-def cleanup_epoch(self:EMA, learn): self.show(learn.epoch + 1 >= learn.n_epochs)  # the mean after the last
-
-@patch
-def cleanup_fit(self:EMA, learn):
-    self.show(not learn.failed)
-    self.params = self.mean = None
 
 # %% ../nbs/12_optimizers.ipynb #120360
 @patch
@@ -411,10 +412,9 @@ def _split_params(*modules): # nn.Modules, such as `learn.modules`
     "Groups for `Muon`: hidden matrices; and the others, with the last matrix of each head and of the whole."
     params = dict.fromkeys(p for top in modules for p in top.parameters())
     hidden = {p for top in modules for p in _matrices(top)}
-    for top in modules:
-        for name, part in top.named_modules():
-            if isinstance(part, _TABLES): hidden -= set(part.parameters())
-            if re.search(_HEAD, name): hidden -= set(_matrices(part)[-1:])
+    for name, part in [pair for top in modules for pair in top.named_modules()]:
+        if isinstance(part, _TABLES): hidden -= set(part.parameters())
+        if re.search(_HEAD, name): hidden -= set(_matrices(part)[-1:])
     return _muon_groups(params, hidden)
 
 Muon.split_params = staticmethod(_split_params)

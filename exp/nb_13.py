@@ -151,8 +151,7 @@ def read_checkpoint(path, # file made by `save_checkpoint` or `Checkpoint`
                    ) -> dict: # what it holds, tensors on the CPU
     "Read and verify, running nothing; raises `CheckpointError`, which names the newest good one beside it."
     path = Path(path).expanduser()
-    data = path.read_bytes()
-    try: return _unpack(data)
+    try: return _unpack(path.read_bytes())
     except CheckpointError as e: fault = e
     good = next((p for p in _checkpoints(path.parent)[::-1] if p != path and not _fault_of(p)), None)
     raise CheckpointError(f'{path}: {fault}' + (f'; {good.name} beside it is good' if good else ''))
@@ -161,8 +160,8 @@ def _unpack(data):
     _check_seal(data)
     try: state = _unpickled(data)
     except pickle.UnpicklingError:
-        words = 'expected tensors, numbers and strings, found something else, which was not run'
-        raise CheckpointError(words) from None
+        raise CheckpointError('expected tensors, numbers and strings, found something else, '
+                              'which was not run') from None
     except Exception as e: raise CheckpointError(f'expected an archive of torch.save, found another: {e}')
     found = state.get('format', 'none') if isinstance(state, dict) else f'a {type(state).__name__}'
     if found == FORMAT: return state
@@ -251,14 +250,15 @@ def _state_of(learn, dls):
     states = [(type(cb).__name__, _remembered(cb)) for cb in cbs]
     versions = dict(exp=exp.__version__, torch=str(torch.__version__), numpy=np.__version__,
                     python=platform.python_version())
-    weights, opt = {name: _state(m) for name, m in _parts(learn).items()}, learn.opt
+    others, opt = {name: _state(m) for name, m in _parts(learn).items()}, learn.opt
+    model = others.pop('model')
     if opt: opt = dict(name=type(opt).__name__, state=opt.state_dict(), params=_params_of(learn))
-    return dict(format=FORMAT, versions=versions, model=weights.pop('model'), modules=weights, opt=opt,
+    return dict(format=FORMAT, versions=versions, model=model, modules=others, opt=opt,
                 random=get_rng_state(dls), results=learn.results, cbs=[pair for pair in states if pair[1]])
 
 def _remembered(cb):
-    validation = {False: []} if isinstance(cb, Metrics) else {}  # no sums, since nobody saves during one
-    return cb.state_dict() | validation
+    # `Metrics` has its sums in `sets[training]`; those of the validation are over when one saves
+    return cb.state_dict() | ({False: []} if isinstance(cb, Metrics) else {})
 
 def save_checkpoint(learn:Learner, # between two fits
                     path): # file to write; an old one stays until the new one is complete
@@ -327,12 +327,15 @@ def _fill(module, found, part):
     wrong, odd = _misfits(own, theirs, part)
     if odd or (wrong and any(map(is_lazy, state.values()))): raise _other_model(wrong + odd)
     values = OrderedDict((keys.get(name, name), value) for name, value in theirs.items())
-    versions = {_bare(k): v for k, v in getattr(found, '_metadata', {}).items()}  # of the modules' classes
-    values._metadata = {k: versions.get(_bare(k), {}) for k in getattr(state, '_metadata', {})}
+    values._metadata = _versions(found, state)
     try: module.load_state_dict(values)
     except Exception:
         if wrong: raise _other_model(wrong)
         raise
+
+def _versions(found, state): # of the classes of modules: those found, by the names of the own state
+    versions = {_bare(k): v for k, v in getattr(found, '_metadata', {}).items()}
+    return {k: versions.get(_bare(k), {}) for k in getattr(state, '_metadata', {})}
 
 def _other_model(misfits):
     more = '; ...' if len(misfits) > 3 else ''
@@ -345,11 +348,11 @@ def _fill_all(parts, found):
 @contextmanager
 def _kept(modules, path):
     "After an error within, the modules are as they were before, and a `CheckpointError` names the file."
-    states = [(m, m.state_dict()) for m in modules]
-    for _, state in states:
-        for name, v in [*state.items()]:
-            if is_lazy(v): del state[name]  # there is nothing in it yet
-            else: state[name] = copy.deepcopy(v)
+    states = []
+    for m in modules:
+        state = m.state_dict()  # in what is lazy, there is nothing yet
+        values = {name: copy.deepcopy(v) for name, v in state.items() if not is_lazy(v)}
+        states.append((m, _ordered(values, state)))
     try: yield
     except BaseException as e:
         for m, state in states: m.load_state_dict(state, strict=False)
@@ -364,8 +367,7 @@ def _check_opt(learn, opt):
         raise CheckpointError(f'expected the state of {name}, found that of {opt["name"]}')
     own, groups = _params_of(learn), opt['state']['param_groups']
     sizes, found = [len(params) for params in own], [len(group['params']) for group in groups]
-    if sizes != found:
-        raise CheckpointError(f'expected an optimizer with groups of {sizes} parameters, found {found}')
+    if sizes != found: raise CheckpointError(f'expected groups of {sizes} parameters, found {found}')
     for i, (ours, group) in enumerate(zip(own, groups)):
         records = [opt['state']['state'].get(number, {}) for number in group['params']]
         theirs = opt['params'][i] if 'params' in opt else map(_with_shape_of, ours, records)
@@ -373,7 +375,7 @@ def _check_opt(learn, opt):
             if a != b: raise CheckpointError(f'expected {a} in group {i} of the optimizer, found {b}')
 
 def _with_shape_of(words, record):
-    "What an older file, which is without names, says of a parameter: the shape of what is remembered of it."
+    "For an older file, without names of parameters: judge one by the shape of its running mean."
     names = ('momentum_buffer', 'exp_avg', 'square_avg', 'sum')
     shapes = [tuple(record[n].shape) for n in names if isinstance(record.get(n), Tensor)]
     return f'{words.partition(" (")[0]} {shapes[0]}' if shapes else words
@@ -471,7 +473,6 @@ def _read_weights(path):
         found[part][name if part == 'model' else name.removeprefix(f'{part}.')] = value
     return found
 
-# %% ../nbs/13_checkpoints.ipynb #130242
 def _read_state_dict(data, path):
     try: state = _unpickled(data)
     except Exception:
@@ -492,7 +493,7 @@ def save_weights(model, # nn.Module
 
 def load_weights(model, # nn.Module with the same names and shapes
                  path): # file from `save_weights`, other safetensors, or a state_dict from `torch.save`
-    "Take over weights, buffers, extra state; raises `CheckpointError` for a damaged file or another model's."
+    "Take over weights, buffers, extra state; raises `CheckpointError` for one cut short, or another model's."
     _fill_or_keep({'model': _inner(model)}, {'model': _read_weights(path)['model']}, path)
 
 def _write_weights(parts, path):
@@ -556,35 +557,6 @@ class _Signals:
         asked, self.asked = self.asked, None
         if asked: signal.raise_signal(asked)
 
-# %% ../nbs/13_checkpoints.ipynb #130091
-_LOWER = '''loss losses error errors mae mse rmse rmsle msle mape perplexity ppl bitsper nll bce ce
-    crossentropy brier crps hinge huber inaccuracy wer cer ter translationeditrate distance divergence kl fid
-    hamming learnedperceptualimagepatchsimilarity fpr fnr l1 l2'''.split()
-_HIGHER = '''accuracy acc f1 f2 fbeta auc auroc auprc roc precision recall ap map specificity sensitivity tpr
-    tnr r2 explainedvariance iou miou dice jaccard kappa matthews corrcoef pearson spearman similarity bleu
-    sacrebleu rouge meteor exactmatch mrr ndcg winrate reward ssim psnr signalnoiseratio'''.split()
-_NEUTRAL = '''valid validation val train training test eval epoch batch step final last best min max mean
-    average median sum root squared absolute percentage log normalized weighted balanced macro micro binary
-    multiclass label class token word char top k score rate index measure calibration edit cohen retrieval
-    structural peak cosine zeroone ctc dim'''.split()
-_KINDS = dict.fromkeys(_LOWER, 'min') | dict.fromkeys(_HIGHER, 'max') | dict.fromkeys(_NEUTRAL, '')
-_KNOWN = '|'.join(sorted(_KINDS, key=len, reverse=True)) + r'|\d+'  # the longest first
-
-def _direction(name):
-    "'min' or 'max', if every word of a result's name is known, and all that say which agree; else None."
-    name = re.sub(r'[-_ ]?(@|at)[-_ ]?(\d+|k)(?![a-z])', '', name.lower())  # recall@5
-    name = re.sub(r'top[-_ ]?\d+', 'top', name)
-    if re.search(r'(?<![a-z])[-/]|[-/](?![a-z])', name): return None  # -mse, 1-accuracy
-    letters = re.sub(r'[-/_. ]', '', name)
-    if re.sub(_KNOWN, '', letters):  # something is left: a word that is misspelt?
-        near = get_close_matches(letters, [w for w in _LOWER + _HIGHER if w[0] == letters[0]], 1, 0.93)
-        return _KINDS[near[0]] if near else None
-    words = re.findall(_KNOWN, letters)
-    kinds = [_KINDS[word] for word in words if _KINDS.get(word)]
-    if len(kinds) > 1 and re.search('[-/]', name): return None  # a difference, or a ratio
-    if 'top' in words and not kinds: return 'max'  # the top five
-    return kinds[0] if len({*kinds}) == 1 else None
-
 # %% ../nbs/13_checkpoints.ipynb #130049
 class Monitor(Callback):
     "Base of callbacks that watch one of the results: `improved` says whether it has never been as good."
@@ -620,8 +592,7 @@ def improved(self:Monitor, learn) -> bool: # never for a result that is nan or i
     self.best = value
     return True
 
-def _check_count(name, value):
-    "Raise `ValueError` unless `value` is a whole number of at least 1."
+def _check_count(name, value): # a whole number of at least 1
     if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1: return
     raise ValueError(f'expected a whole number as {name} of at least 1, got {value!r}')
 
@@ -632,7 +603,7 @@ class _FolderLock:
     def __reduce__(self): return _FolderLock, (self.folder,)  # a copy has no lock
 
     def take(self):
-        "Raises `CheckpointError` if another process has it; gives an `OSError` if one can't write there."
+        "Raises `CheckpointError` if another process has it; gives back an `OSError` if one can't write."
         dist = torch.distributed
         if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0: return None  # a helper
         self.made = [f for f in (self.folder, *self.folder.parents) if not f.exists()]
@@ -688,10 +659,10 @@ class Checkpoint(Monitor):
     order, saved = 100, ('best', 'best_name')
     def __init__(self,
                  folder, # for the files, `epochEEEE-batchBBBBBB.pt`: so many epochs and batches are done
-                 every:int=None, # training batches from one to the next within an epoch, too; None: none
-                 keep:int=3, # how many of the last stay, at least 1; the best stays as well
+                 every:int=None, # save also every so many batches within an epoch; None: only after epochs
+                 keep:int=3, # how many of the last files stay, at least 1; the best stays as well
                  monitor:str='valid_loss', # a name in `learn.results`, to tell the best; None: no best one
-                 resume:bool=False, # go on with the newest good one; without one, begin
+                 resume:bool=False, # True: go on from the newest good file, if any; False: there must be none
                  mode:str=None): # 'min', 'max' or None, as in `Monitor`
         if monitor: super().__init__(monitor, mode=mode)
         _check_count('keep', keep)
@@ -708,9 +679,9 @@ def before_fit(self:Checkpoint, learn):
     Monitor.before_fit(self, learn)
     self.state = self.rest = None  # a checkpoint from within an epoch, and the loader that skips batches
     self.best_name, self.checked = '', False
-    self.planned = learn.n_epochs
-    self.dls, self.n_iter = learn.dls, length_hint(learn.dls[0], -1)  # others may change the loaders
-    self.lrs = [float(g['lr']) for g in learn.opt.param_groups]
+    self.planned, self.dls = learn.n_epochs, learn.dls  # others may change the loaders
+    self.terms = dict(lrs=[float(g['lr']) for g in learn.opt.param_groups],
+                      n_iter=length_hint(learn.dls[0], -1), max_batches=learn.max_batches)
     self.signals, self.lock = _Signals(), _FolderLock(self.folder)  # new ones, for a fit within a fit
     problem, path = self.lock.take(), last_checkpoint(self.folder)
     if path and not self.resume:
@@ -750,9 +721,8 @@ def _file_name(epoch, done): return f'epoch{epoch:04}-batch{done:06}.pt'
 @patch
 def _save(self:Checkpoint, learn, epoch, done):
     self.last = done
-    where = dict(epoch=epoch, iter=done, ended=learn.n_epochs < self.planned, n_iter=self.n_iter,
-                 lrs=self.lrs, max_batches=learn.max_batches,
-                 random=self.random, now=get_rng_state(self.loaders))
+    where = dict(epoch=epoch, iter=done, ended=learn.n_epochs < self.planned,
+                 random=self.random, now=get_rng_state(self.loaders), **self.terms)
     path = self.folder/_file_name(epoch, done)
     _write(_readable(_state_of(learn, self.dls) | dict(fit=where), path), path)
     for old in _checkpoints(self.folder)[:-self.keep]:
@@ -760,8 +730,8 @@ def _save(self:Checkpoint, learn, epoch, done):
 
 @patch
 def cleanup_epoch(self:Checkpoint, learn):
-    rest, self.rest = self.rest, None
-    if rest is not None and learn.dls[0] is rest: learn.dls = rest.dl, learn.dls[1]
+    if self.rest is not None and learn.dls[0] is self.rest: learn.dls = self.rest.dl, learn.dls[1]
+    self.rest = None
 
 @patch
 def cleanup_fit(self:Checkpoint, learn):
@@ -775,11 +745,12 @@ def _go_on(self:Checkpoint, learn, state, path):
     if not where:
         raise CheckpointError(f'{path}: expected a checkpoint of a fit, found one from between two: '
                               'see load_checkpoint')
-    for name, ours, theirs in (
-            ('learning rates and batches an epoch', (self.lrs, self.n_iter), (where['lrs'], where['n_iter'])),
-            ('max_batches', learn.max_batches, where['max_batches'])):
-        if ours == theirs: continue
-        raise CheckpointError(f'{path}: expected {name} {ours}, as in this fit, found {theirs}')
+    def same(words, own, found):
+        if own == found: return
+        raise CheckpointError(f'{path}: expected {words} {own}, as in this fit, found {found}')
+    def rates(terms): return terms['lrs'], terms['n_iter']
+    same('learning rates and batches an epoch', rates(self.terms), rates(where))
+    same('max_batches', self.terms['max_batches'], where['max_batches'])
     with _all_or_nothing(learn, path):
         _restore(learn, state, path)
         if not where['iter']: _give_states(learn, state)
@@ -883,3 +854,32 @@ class EarlyStopping(Monitor):
     def after_epoch(self, learn):
         self.waited = 0 if self.improved(learn) else self.waited + 1
         if self.waited >= self.patience: learn.n_epochs = learn.epoch + 1
+
+# %% ../nbs/13_checkpoints.ipynb #130091
+_LOWER = '''loss losses error errors mae mse rmse rmsle msle mape perplexity ppl bitsper nll bce ce
+    crossentropy brier crps hinge huber inaccuracy wer cer ter translationeditrate distance divergence kl fid
+    hamming learnedperceptualimagepatchsimilarity fpr fnr l1 l2'''.split()
+_HIGHER = '''accuracy acc f1 f2 fbeta auc auroc auprc roc precision recall ap map specificity sensitivity tpr
+    tnr r2 explainedvariance iou miou dice jaccard kappa matthews corrcoef pearson spearman similarity bleu
+    sacrebleu rouge meteor exactmatch mrr ndcg winrate reward ssim psnr signalnoiseratio'''.split()
+_NEUTRAL = '''valid validation val train training test eval epoch batch step final last best min max mean
+    average median sum root squared absolute percentage log normalized weighted balanced macro micro binary
+    multiclass label class token word char top k score rate index measure calibration edit cohen retrieval
+    structural peak cosine zeroone ctc dim'''.split()
+_KINDS = dict.fromkeys(_LOWER, 'min') | dict.fromkeys(_HIGHER, 'max') | dict.fromkeys(_NEUTRAL, '')
+_KNOWN = '|'.join(sorted(_KINDS, key=len, reverse=True)) + r'|\d+'  # the longest first
+
+def _direction(name):
+    "'min' or 'max', if every word of a result's name is known, and all that say which agree; else None."
+    name = re.sub(r'[-_ ]?(@|at)[-_ ]?(\d+|k)(?![a-z])', '', name.lower())  # recall@5
+    name = re.sub(r'top[-_ ]?\d+', 'top', name)
+    if re.search(r'(?<![a-z])[-/]|[-/](?![a-z])', name): return None  # -mse, 1-accuracy
+    letters = re.sub(r'[-/_. ]', '', name)
+    if re.sub(_KNOWN, '', letters):  # something is left: a word that is misspelt?
+        near = get_close_matches(letters, [w for w in _LOWER + _HIGHER if w[0] == letters[0]], 1, 0.93)
+        return _KINDS[near[0]] if near else None
+    words = re.findall(_KNOWN, letters)
+    kinds = [_KINDS[word] for word in words if _KINDS.get(word)]
+    if len(kinds) > 1 and re.search('[-/]', name): return None  # a difference, or a ratio
+    if 'top' in words and not kinds: return 'max'  # the top five
+    return kinds[0] if len({*kinds}) == 1 else None

@@ -43,8 +43,9 @@ SCHEDULES = {  # name -> function (learning rate) -> function of progress
     'one_cycle': lambda lr: sched_one_cycle(lr/25, lr, lr/1e5), 'wsd': lambda lr: sched_wsd(lr/25, lr, 0.)}
 
 # %% ../nbs/14_experiments.ipynb #140088
-def _print_table(rows, names=None):
-    "Rows, which are dicts, under a heading: all that is in them, or these names; nothing for None."
+def _print_table(rows, names=None, otherwise=''):
+    "Rows, which are dicts, under a heading: all that is in them, or these names; `otherwise` without rows."
+    if not rows: return say(otherwise)
     names = names or [*rows[0]]
     cells = [names] + [[_text(row[name]) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -94,7 +95,8 @@ def _checked(f, value):
     "A setting in the type of its field."
     if value is None and f.default is None: return None
     kind, words = _KINDS[f.type]
-    if not isinstance(value, kind) or f.type is not bool and isinstance(value, bool):
+    wrong_bool = isinstance(value, bool) and f.type is not bool  # True is an int in Python
+    if wrong_bool or not isinstance(value, kind):
         raise ValueError(f'expected --{f.name} to be {words}, got {value!r}')
     value = f.type(value)
     if not f.metadata['allowed'](value):
@@ -123,8 +125,7 @@ def _device(name):
         if device.type != 'meta': return device  # meta has shapes, and nothing in them
     raise ValueError(f'expected --device cpu, or one that is there, got {name!r}')
 
-def _check_name(name):
-    "Raise `ValueError` unless every system can have a folder of that name."
+def _check_name(name): # one that every system can give to a folder
     if not name or name[-1] in ' .' or any(c in '/\\<>:"|?*' or ord(c) < 32 for c in name):
         raise ValueError(f'expected --name without <>:"|?* or . at its end, without a folder, got {name!r}')
 
@@ -180,6 +181,26 @@ def _begin_run(config, n_in, out): # n_in: pixels of an image; returns the folde
     _write_json(about, folder/'config.json')
     return folder
 
+# %% ../nbs/14_experiments.ipynb #140104
+@contextmanager
+def _tell_errors(path, after=''):
+    "What is wrong with a file becomes a line on the screen for errors, if there is one."
+    try: yield path
+    except (ValueError, OSError) as e:
+        text = f'{e.filename or path}: {e.strerror or e}' if isinstance(e, OSError) else e
+        with redirect_stdout(sys.stderr): say(f'{text}{after}')
+
+def _append(text, path):
+    "Add to the end of a file: all of the text, or nothing."
+    data = text.encode('utf-8', 'replace')
+    with path.open('ab', buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) < len(data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
 # %% ../nbs/14_experiments.ipynb #140021
 class _Log(Progress):
     "The table of results, on the screen and in `log.txt`; the results in `metrics.csv`."
@@ -196,14 +217,16 @@ class _Log(Progress):
         with self.writing('log.txt') as path:
             _append(self.waiting, path)
             self.waiting = ''
+
     def writing(self, name): return _tell_errors(self.folder/name, '; the training goes on, and tries again')
 
     def after_epoch(self, learn):
         super().after_epoch(learn)
         with self.writing('metrics.csv') as path: learn.recorder.to_csv(path)
         if not self.screen: return
-        lines = self.screen.table()  # later only the last, as the heading is there already
-        for line in lines if len(self.screen.rows) == 1 else lines[-1:]: self.keep('  '.join(line))
+        lines = self.screen.table()
+        if len(self.screen.rows) > 1: lines = lines[-1:]  # the first time with the heading
+        for line in lines: self.keep('  '.join(line))
 
 # %% ../nbs/14_experiments.ipynb #140025
 def _plot_epochs(ax, rows, key, **kwargs):
@@ -223,7 +246,7 @@ def _draw_curves(recorder, axs): # three axes: loss, accuracy, learning rate
 def _draw_mistakes(model, ds, shape, axs): # shape: rows and columns of an image
     for ax in axs: ax.set_axis_off()
     for ax, i, c, p in zip(axs, *most_wrong(model.eval(), ds.x, ds.y)):
-        show_image(ds.x[i].view(shape), ax, f'{ds.y[i]} as {c}\n{min(p, 0.9999):.2%}')
+        show_image(ds.x[i].view(shape), ax, f'{ds.y[i]} as {c}\n{min(p, 0.9999):.2%}')  # 100 % says too much
 
 # %% ../nbs/14_experiments.ipynb #140109
 def _figure(rows, columns, **kwargs):
@@ -246,8 +269,7 @@ def _save_pictures(learn, config, folder):
     _draw_mistakes(learn.model, ds, _image_shape(config, ds.x.shape[1]), axs)
     _save_figure(fig, folder/'mistakes.png')
 
-def _image_shape(config, n):
-    "Rows and columns of images of n pixels: as in a file of images, or one row."
+def _image_shape(config, n): # rows and columns of n pixels: as in a file of images, or one row
     if not config.data_dir: return 28, n//28
     for path in sorted(Path(config.data_dir).glob('*images*')):
         with suppress(ValueError, OSError):
@@ -258,8 +280,7 @@ def _image_shape(config, n):
 # %% ../nbs/14_experiments.ipynb #140030
 def _run_folders(out): return sorted(path.parent for path in Path(out).expanduser().glob('*/config.json'))
 
-def _find_run(run, out):
-    "The folder of a run that is named by its path or its name."
+def _find_run(run, out): # the folder of a run that is named by its path or its name
     places = [folder for folder in (Path(run).expanduser(), Path(out).expanduser()/run) if folder.is_dir()]
     for folder in places:
         if (folder/'config.json').is_file(): return folder
@@ -483,7 +504,7 @@ def _exp_train_command(argv=None):
     parser.add_argument('--out', help='where the folders of runs are; default: runs')
     parser.add_argument('--test', action='store_true', help='show the test accuracy at the end')
     for f in fields(Settings):
-        names = dict.fromkeys([f'--{f.name}', f'--{f.name.replace("_", "-")}'])
+        names = dict.fromkeys([f'--{f.name}', f'--{f.name.replace("_", "-")}'])  # once, if they are the same
         kind = dict(action='store_true') if f.type is bool else dict(type=f.type, metavar=f.name.upper())
         help = [f.metadata['help'], f.metadata['words'].removeprefix('of '), ', '.join(f.metadata['choices'])]
         if f.default: help.append(f'default: {f.default}')
@@ -508,14 +529,13 @@ def exp_runs(*runs, # none: a table of all; two: what is different
     "List runs, compare two, draw several, or test one; raises `ValueError` for runs that can't be read."
     if test and len(runs) != 1:
         raise ValueError(f'expected one run with --test, chosen by its validation accuracy; got {len(runs)}')
-    if test: return say(f'test accuracy: {final_accuracy(*runs, out=out):.2%}')
-    compared = len(runs) == 2 and not plot
-    if compared: rows = compare_runs(*runs, out=out)
-    else: rows = [_summary(_find_run(run, out)) for run in runs] if runs else list_runs(out)
-    if not rows: return say('no difference' if runs else f'no runs in {out}')
-    _print_table(rows, None if compared else [*_COLUMNS, *also])
-    drawn = runs or [row['run'] for row in rows if row['valid'] is not None]
-    if plot: _save_figure(plot_runs(*drawn, out=out), plot)
+    if test: say(f'test accuracy: {final_accuracy(*runs, out=out):.2%}')
+    elif len(runs) == 2 and not plot: _print_table(compare_runs(*runs, out=out), otherwise='no difference')
+    else:
+        rows = [_summary(_find_run(run, out)) for run in runs] if runs else list_runs(out)
+        _print_table(rows, [*_COLUMNS, *also], otherwise=f'no runs in {out}')
+        drawn = runs or [row['run'] for row in rows if row['valid'] is not None]
+        if plot and rows: _save_figure(plot_runs(*drawn, out=out), plot)
 
 def _exp_runs_command(argv=None):
     "`exp_runs` for the shell; `argv` instead of the command line's options, for tests."
@@ -527,26 +547,6 @@ def _exp_runs_command(argv=None):
     parser.add_argument('--also', action='append', default=[], choices=_NAMES, help='a column, such as seed')
     options = vars(parser.parse_args(argv))
     _run_command('exp_runs', lambda: exp_runs(*options.pop('runs'), **options))
-
-# %% ../nbs/14_experiments.ipynb #140104
-@contextmanager
-def _tell_errors(path, after=''):
-    "What is wrong with a file becomes a line on the screen for errors, if there is one."
-    try: yield path
-    except (ValueError, OSError) as e:
-        text = f'{e.filename or path}: {e.strerror or e}' if isinstance(e, OSError) else e
-        with redirect_stdout(sys.stderr): say(f'{text}{after}')
-
-def _append(text, path):
-    "Add to the end of a file: all of the text, or nothing."
-    data = text.encode('utf-8', 'replace')
-    with path.open('ab', buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        try:
-            if file.write(data) < len(data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            file.truncate(size)
-            raise
 
 # %% ../nbs/14_experiments.ipynb #140023
 class _TensorBoard(Callback):

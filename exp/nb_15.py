@@ -41,7 +41,8 @@ class OverfitOneBatch(Callback):
         batch = next(iter(learn.dls[0]), None)
         set_rng_state(state, learn.dls)
         if batch is None: raise ValueError('expected a batch to train on, got none')
-        self.dls, learn.dls = learn.dls, (_Repeated(batch, self.n), None)
+        self.dls = learn.dls
+        learn.dls = _Repeated(batch, self.n), None
 
     def cleanup_fit(self, learn):
         if self.dls is not None: learn.dls = self.dls
@@ -68,13 +69,16 @@ class GradientAccumulation(Callback):
         if is_sum(learn.loss_func):
             raise ValueError('expected a loss that is a mean, to accumulate gradients, got a sum')
         self.forget()
-        self.backward, learn.backward = learn.backward, partial(self.weighted_backward, learn)
+        self.backward = learn.backward
+        learn.backward = partial(self.weighted_backward, learn)
 
-    def forget(self): self.batches = self.weight = self.kept = 0
+    def after_step(self, learn): self.forget()
+    def forget(self): self.batches = self.weight = self.kept = 0  # begin a new window
 
     def weighted_backward(self, learn):
         loss, weight = learn.loss, learn.loss_weight()
-        self.batches, self.weight = self.batches + 1, self.weight + weight
+        self.batches += 1
+        self.weight = self.weight + weight
         learn.loss = loss*weight
         self.backward()
         learn.loss = loss
@@ -93,11 +97,6 @@ def divide(self:GradientAccumulation, learn):
     "Make a mean of the sum."
     for p in [p for group in learn.opt.param_groups for p in group['params']]:
         if p.grad is not None: p.grad /= self.weight
-
-@patch
-def after_step(self:GradientAccumulation, learn):
-    "Begin a new window."
-    self.forget()
 
 # %% ../nbs/15_callbacks.ipynb #150382
 @patch
@@ -144,7 +143,7 @@ class Device(Callback):
         if not _in_place(learn.opt): load_opt_state(learn.opt, learn.opt.state_dict())
 
     def before_batch(self, learn):
-        if not learn.training: self.move(learn)
+        if not learn.training: self.move(learn)  # takes next to no time when all is in place
         learn.batch = to_device(learn.batch, self.device)
 
 def _in_place(opt):
@@ -202,10 +201,11 @@ def of_fields(self:BatchTransform, batch, overridden):
 # %% ../nbs/15_callbacks.ipynb #150368
 def _checked_fields(new, old):
     "What a function gave for the fields `old`, as a list; raises `ValueError` if that can't be."
-    if len(old) == 1: what, fits = 'one field', _is_several(old[0]) or not _is_several(new)
-    else: what, fits = f'{len(old)} fields', _is_several(new) and len(new) == len(old)
     fields = [new] if len(old) == 1 else new
-    if fits and not any(f is None and o is not None for f, o in zip(fields, old)): return [*fields]
+    if len(old) == 1: fits = _is_several(old[0]) or not _is_several(new)
+    else: fits = _is_several(new) and len(new) == len(old)
+    if fits and all(f is not None or o is None for f, o in zip(fields, old)): return [*fields]
+    what = 'one field' if len(old) == 1 else f'{len(old)} fields'
     raise ValueError(f'expected func to give {what}, as it was given, got {_form(new)}')
 
 def _check_rows(new, old):

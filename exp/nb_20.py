@@ -6,13 +6,14 @@
 __all__ = ['conv', 'as_images', 'SimpleCNN', 'Summary', 'summary']
 
 # %% ../nbs/20_convolutions.ipynb #200003
-import html, math, warnings
+import math, warnings
 from contextlib import ExitStack, contextmanager
 import torch
 import torch.nn.attention
 from torch import Tensor, nn
 from .nb_05 import brief, leaves
 from .nb_11 import get_rng_state, set_rng_state
+from .nb_16 import table_html, table_text
 
 # %% ../nbs/20_convolutions.ipynb #200275
 def conv(n_in:int, # channels of the input
@@ -29,7 +30,7 @@ def conv(n_in:int, # channels of the input
     if act is not None: layers.append(act())
     return nn.Sequential(*layers)
 
-# %% ../nbs/20_convolutions.ipynb #200278
+# %% ../nbs/20_convolutions.ipynb #200413
 def as_images(x:Tensor, # (n, channels*side*side), or images already
               channels:int=1, # 1 for gray, 3 for colours
              ) -> Tensor: # (n, channels, side, side)
@@ -42,6 +43,7 @@ def as_images(x:Tensor, # (n, channels*side*side), or images already
         raise ValueError(f'expected {expected}, got {tuple(x.shape)}')
     return x.reshape(len(x), channels, side, side)
 
+# %% ../nbs/20_convolutions.ipynb #200414
 class SimpleCNN(nn.Module):
     "Blocks that halve the image, the mean over all places, and a linear layer."
     def __init__(self,
@@ -50,9 +52,11 @@ class SimpleCNN(nn.Module):
                  n_in:int=1, # channels of the images
                  **options): # for `conv`: act and norm
         super().__init__()
-        sizes, self.n_in = (n_in, *channels), n_in
-        blocks = [conv(a, b, 3 if i else 5, 2, **options) for i, (a, b) in enumerate(zip(sizes, sizes[1:]))]
-        self.body, self.head = nn.Sequential(*blocks), nn.Linear(sizes[-1], classes)
+        self.n_in, blocks = n_in, []
+        for i, n_out in enumerate(channels):
+            blocks.append(conv(n_in, n_out, 3 if i else 5, stride=2, **options))
+            n_in = n_out
+        self.body, self.head = nn.Sequential(*blocks), nn.Linear(n_in, classes)
 
     def forward(self, x): # (n, n_in, h, w), or rows of square images
         return self.head(self.body(as_images(x, self.n_in)).mean((2, 3)))
@@ -68,26 +72,18 @@ class Summary:
         self.rows, self.weights, self.trainable, self.unused = rows, weights, trainable, unused
         self.madds = sum(row['madds'] for row in rows)  # multiply-adds of the whole pass
 
-    def _cells(self):
-        head = ['name', 'layer', 'output', 'weights', 'multiply-adds']
-        return [head] + [[f'{v:,}' if isinstance(v, int) else v for v in row.values()] for row in self.rows]
+    def table(self) -> list: # of lists of texts, the heading first
+        "The cells of the table."
+        rows = [[f'{v:,}' if isinstance(v, int) else v for v in row.values()] for row in self.rows]
+        return [['name', 'layer', 'output', 'weights', 'multiply-adds'], *rows]
 
-    def _notes(self):
+    def notes(self) -> list: # of texts
+        "What stands below it."
         text = f'{self.weights:,} weights, {self.trainable:,} of them trainable; {self.madds:,} multiply-adds'
-        return text + (f'; {self.unused:,} weights were not used' if self.unused else '')
+        return [text, f'{self.unused:,} weights were not used'][:1 + bool(self.unused)]
 
-    def __repr__(self):
-        cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        places = [f'{{:{">" if i > 2 else "<"}{w}}}' for i, w in enumerate(widths)]  # numbers to the right
-        return '\n'.join(['  '.join(places).format(*row) for row in cells] + [self._notes()])
-
-    def _repr_html_(self):
-        def line(row, tag):
-            return '<tr>' + ''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in row) + '</tr>'
-        head, *rows = self._cells()
-        body = ''.join(line(row, 'td') for row in rows)
-        return f'<table>{line(head, "th")}{body}</table><div>{html.escape(self._notes())}</div>'
+    def __repr__(self): return table_text(self.table(), self.notes())
+    def _repr_html_(self): return table_html(self.table(), self.notes())
 
 # %% ../nbs/20_convolutions.ipynb #200297
 def _shapes(output):
@@ -108,7 +104,7 @@ class _Calls:
         return sum(new.values())
 
     def before(self, layer, *args):
-        self.open.append([self.counter.get_total_flops(), 0, 0])  # so far; within inner calls; how many
+        self.open.append([self.counter.get_total_flops(), 0, 0])  # at the start; of inner calls; their number
 
     def after(self, layer, inputs, output):
         start, inner, n_inner = self.open.pop()
@@ -137,6 +133,7 @@ def _countable(model):
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         yield
 
+# %% ../nbs/20_convolutions.ipynb #200333
 def summary(model:nn.Module, # is afterwards as it was before
             xb, # what it is called with: a Tensor, a tuple or list of inputs, or a dict of them by name
            ) -> Summary:

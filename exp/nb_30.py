@@ -53,7 +53,8 @@ def simplify(graph): # fx.Graph; is changed
 def as_function(gm): # fx.GraphModule, as `trace` gives it
     "A function of the same inputs that calls the operations in order; `text` is its source in short."
     names, args, lines, last_use = {}, [], [], {}
-    for node in gm.graph.nodes: last_use |= dict.fromkeys(node.all_input_nodes, node)  # a later one wins
+    for node in gm.graph.nodes:
+        for used in node.all_input_nodes: last_use[used] = node  # a later one wins
     for node in gm.graph.nodes:
         if node.op == 'placeholder': args.append(node.name)
         elif node.op == 'get_attr': names[node.name] = attrgetter(node.target)(gm)
@@ -106,10 +107,10 @@ def halves(gm, # fx.GraphModule
     inputs, results = [n for n in nodes if n.op == 'placeholder'], nodes[-1].args[0]
     seed = inputs.pop(n_before)
     cut = next((i for i, node in enumerate(nodes) if seed in node.all_input_nodes), len(nodes) - 1)
-    there = [n for n in nodes[:cut] if n.op != 'placeholder']
+    there = [n for n in nodes[:cut] if n.op != 'placeholder']  # the first half
     ends = [n for n in results[n_first:] if isinstance(n, fx.Node)]
     needed = [n for node in nodes[cut:-1] for n in node.all_input_nodes] + ends
-    saved, again = {}, {}  # sets of nodes, in order
+    saved, again = {}, {}  # sets of nodes, in order: handed over, and made again
     for node in needed: _supply(node, set(there), saved, again)
     first = _part(gm, inputs, there, [*results[:n_first], *saved])
     return first, _part(gm, [*inputs, *saved, seed], [*again, *nodes[cut:-1]], results[n_first:])
@@ -445,7 +446,7 @@ def turn(self:Record, learn, kind, fields, form):
         if len(self.made) == self.limit:
             warnings.warn(f'{type(self).__name__} has met {self.limit} kinds of batches, different in shape '
                           'or otherwise: any others are trained on as usual')
-            self.made.append((None, None))
+            self.made.append((None, None))  # so that it is said once
     if self.recording: self.held = [t.detach() for t in self.recording.tensors]
 
 @patch
@@ -454,9 +455,8 @@ def record(self:Record, learn, fields, form):
         modules = [m for top in learn.modules for m in top.modules()]
         hooks, recurrent = _hooks(modules), [m for m in modules if isinstance(m, nn.RNNBase)]
         if recurrent: raise CantRecord(f'PyTorch does not trace its {type(recurrent[0]).__name__}')
-        for f in fields:
-            if not isinstance(f, Tensor) and not _is_plain(f):
-                raise CantRecord(f'its batches have a field of type {type(f).__name__}')
+        odd = [type(f).__name__ for f in fields if not isinstance(f, Tensor) and not _is_plain(f)]
+        if odd: raise CantRecord(f'its batches have a field of type {odd[0]}')
         if hooks: raise CantRecord(f'it has a hook, {getattr(hooks[0], "__name__", hooks[0])}')
         trained = [p for p in self.params if p.requires_grad]
         recording = Recording(learn, *self.plain[:2], trained, fields, form, **self.more(learn))
@@ -685,7 +685,7 @@ def compiled_step(self:Compile, learn):
 class MixedPrecision(Callback):
     """Predicts and computes the loss in 16 bits where that is safe; float16 with a gradient scaler, on CUDA
     (Micikevicius et al., 2018)."""
-    order, cast, everywhere = -5, None, True
+    order, cast, everywhere = -5, None, True  # everywhere: in validations within a fit, too
     def __init__(self, dtype=torch.bfloat16): # torch.bfloat16 or torch.float16
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f'expected bfloat16 or float16, got {dtype}')

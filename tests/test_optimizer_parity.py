@@ -8,6 +8,8 @@ from exp.nb_00 import set_seed
 from exp.nb_12 import SGD, Adam, AdamW, Muon, RMSProp
 
 TWINS = {'SGD': SGD, 'RMSprop': RMSProp, 'Adam': Adam, 'AdamW': AdamW, 'Muon': Muon}
+twins = pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.skipif(
+    not hasattr(torch.optim, name), reason=f'PyTorch {torch.__version__} has no {name}')) for name in TWINS])
 
 # In a process of its own: PyTorch's test helpers change global settings, and want a package that we do without.
 LIST = '''
@@ -58,7 +60,7 @@ TOLERANCE = {torch.float64: dict(rtol=1e-12, atol=1e-13), torch.float32: dict(rt
 
 @pytest.mark.parametrize('dtype, memory', [(torch.float64, None), (torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.channels_last)],
                          ids=['float64', 'float32', 'bfloat16', 'channels_last'])
-@pytest.mark.parametrize('name', TWINS)
+@twins
 def test_weights_and_state_are_the_twins(name, dtype, memory, configs):
     tried = [kwargs for kwargs in configs[name] if supported(name, kwargs)]
     assert len(tried) >= 3
@@ -87,7 +89,7 @@ def test_the_kernel_is_the_twins_to_the_last_bit(name, options, dtype):
         assert all(torch.equal(v, theirs.state[q][k]) for k, v in mine.state[p].items())
 
 
-@pytest.mark.parametrize('name', TWINS)
+@twins
 def test_options_that_ours_lack_are_refused_wherever_they_are_given(name, configs):
     refused = [kwargs for kwargs in configs[name] if not supported(name, kwargs)]
     assert refused

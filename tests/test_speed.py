@@ -1,5 +1,5 @@
 "Recorded and compiled steps: the same bits, or the same to twelve digits; what can't be recorded is refused by name."
-import copy, random, shutil, warnings
+import copy, pickle, random, shutil, warnings
 from functools import partial
 import numpy as np
 import pytest
@@ -304,6 +304,18 @@ def test_a_second_fit_uses_what_was_recorded_in_the_first():
     learn.model[4] = nn.Linear(16, N_OUT)
     learn.fit(1)
     assert len(made) == 4
+
+
+def test_copies_have_its_options_alone():
+    "In memory and in a file; a recording belongs to the Learner whose weights it holds."
+    record, compiled = Record(), Compile(step=True)
+    record.limit, compiled.works = 5, False
+    for cb in (record, compiled):
+        trained = train(cb, model=shallow)
+        for mine in (copy.deepcopy(cb), pickle.loads(pickle.dumps(cb))):
+            assert mine.made == mine.owned == [] and mine.limit == cb.limit and cb.made and cb.owned
+            assert [getattr(mine, name, None) for name in ('whole', 'works')] == [getattr(cb, name, None) for name in ('whole', 'works')]
+            assert_same(trained, train(mine, model=shallow))
 
 
 # refused by name

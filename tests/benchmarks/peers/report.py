@@ -104,17 +104,15 @@ def front_table(works, machine):
     def accuracies(library): return dict.fromkeys(f"{r['accuracy']:.4f}" for r in mlp.values() if r['library'] == library)
     lines = [[lib, *columns(lib, 'lean'), *columns(lib, 'defaults'), ' / '.join(accuracies(lib))] for lib in libraries_of(mlp)]
     head = ['', 'lean: an epoch', 'µs a batch', 'defaults: an epoch', 'µs a batch', 'accuracy']
-    alike = [f'*{one}* = *{other}*' for one, other in combinations(mlp, 2) if other in mlp[one].get('like', ())]
-    said = 'On an epoch all rows can be told apart.'
-    if alike: said = f"On an epoch, these pairs of rows can't be told apart: {'; '.join(alike)}."
+    said = "Rows that are near each other can't be told apart by so few rounds: the last column of all tables says which."
     floor = mlp[FLOOR]['ratio']['median']
     return (f'{table(head, lines)}\n\n{noise(mlp)} Its matrix products alone take {number(floor)} of its time. {said} '
             f'{machine["rounds"]} rounds on one thread of {machine["cpu"]} with {machine["cores"]} cores.')
 
-PROTOCOL = """A row is timed in every round, each library in a process of its own, on one thread, one thing at a time. A ratio is to
-the base row as timed just before in the same round; medians, and quartiles in brackets. Rows are told apart by a sign test over the
-rounds, at 1 in 20. Making model, data and trainer is not timed; training, validation and whatever a library sets up in its fit are.
-What libraries print goes to a file. The C library is told to keep freed memory, for all alike.""".replace('\n', ' ')
+PROTOCOL = """A row is timed in every round, each library in a process of its own, one thing at a time, on one thread pinned to a core
+but where the title says two. A ratio is to the base row as timed just before in the same round; medians, and quartiles in brackets.
+Rows are told apart by a sign test over the rounds, at 1 in 20. Making model, data and trainer is not timed; training, validation and
+whatever a library sets up in its fit are. What libraries print goes to a file. The C library is told to keep freed memory, for all alike.""".replace('\n', ' ')
 
 def goals(works):
     "What the project set itself, against what was found."

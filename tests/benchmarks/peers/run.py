@@ -12,17 +12,19 @@ from work import ROWS, TRAINING, WORKS, first_weights, load_rows
 
 # glibc keeps freed memory: whether it gives it back depends on how the heap of a process happens to lie, and costs up to a quarter.
 MALLOC = dict(MALLOC_TRIM_THRESHOLD_='1073741824', MALLOC_MMAP_THRESHOLD_='1073741824')
-LIBRARIES = 'torch', 'fastai', 'lightning', 'pytorch-ignite', 'skorch', 'accelerate', 'keras', 'jax', 'optax', 'flax'
+LIBRARIES = 'torch', 'fastai', 'lightning', 'pytorch-ignite', 'skorch', 'accelerate', 'keras', 'jax', 'optax', 'flax', 'tinygrad'
 XLA = dict(XLA_FLAGS='--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1', JAX_PLATFORMS='cpu')
+TINYGRAD = dict(DEV='CPU', NUM_CPU_THREADS='1', PARALLEL='0')
 
 
 class Worker:
     "A process that runs rows when asked to; what its library prints goes to a file."
-    def __init__(self, name, weights, folder):
-        self.name, self.folder = name, folder/name
+    def __init__(self, name, threads, weights, folder):
+        self.name, self.folder = name, folder/f'{name}, {threads}'
         self.folder.mkdir()
         self.log = (self.folder/'log.txt').open('w+')
-        env = os.environ | MALLOC | XLA | dict(OMP_NUM_THREADS='1', KERAS_BACKEND='torch', KERAS_HOME=str(self.folder))
+        env = os.environ | MALLOC | XLA | TINYGRAD | dict(OMP_NUM_THREADS=str(threads), KERAS_BACKEND='torch', KERAS_HOME=str(self.folder),
+                                                          CACHEDB=str(self.folder/'tinygrad.db'))
         self.process = subprocess.Popen([sys.executable, Path(__file__).with_name('worker.py'), weights], cwd=self.folder, env=env,
                                         stderr=self.log, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -48,7 +50,7 @@ def take_turns(name, workers, rounds, folder):
     for key, row in ROWS.items():
         if name in row.works: groups.setdefault(row.worker, []).append(key)
     runs = {key: dict(seconds=[], ratio=[], over=[]) for keys in groups.values() for key in keys}
-    def run(key, **request): return workers[ROWS[key].worker](row=[name, *key], **request)
+    def run(key, **request): return workers[ROWS[key].worker, WORKS[name].threads](row=[name, *key], **request)
     for r in range(rounds + 1):
         print(f'\r{name}: round {r} of {rounds} ' if r else f'{name}: warm-up ', end='', file=sys.stderr, flush=True)
         for worker, keys in groups.items():
@@ -78,12 +80,12 @@ def trained(run, key, base, folder):
 
 def measure(names, rounds):
     "All runs of the works: name -> (library, variant) -> what was found."
-    needed = dict.fromkeys(row.worker for row in ROWS.values() if set(row.works) & set(names))
+    needed = dict.fromkeys((row.worker, WORKS[name].threads) for row in ROWS.values() for name in names if name in row.works)
     with tempfile.TemporaryDirectory() as folder:
         folder, workers = Path(folder), {}
         torch.save(first_weights(), folder/'first.pt')
         try:
-            for name in needed: workers[name] = Worker(name, folder/'first.pt', folder)
+            for worker, threads in needed: workers[worker, threads] = Worker(worker, threads, folder/'first.pt', folder)
             found = {}
             for name in names:
                 (folder/f'weights of {name}').mkdir()

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from work import SEED, row
+from work import CNNS, SEED, TRAINING, row
 
 
-@row('by hand', 'lean', 'again')
+@row('by hand', 'lean', 'again', works=TRAINING)
 def by_hand(job, variant):
     "The loop one writes: a permutation an epoch, tensors indexed by a batch of it. The same again: how far it differs is noise."
     opt = job.optimizer()
@@ -73,9 +73,11 @@ def floor(job, variant):
     return run
 
 
-@row('exp, our SGD', 'lean', 'defaults', worker='exp')
+@row('exp, our SGD', 'lean', 'defaults', works=TRAINING, worker='exp')
+@row('exp, our SGD', 'channels_last', works=CNNS, worker='exp')
 def exp_our_sgd(job, variant):
-    "Defaults: every default callback, accuracy as a metric, our SGD. Lean: no table, and only the callback that measures."
+    """Defaults: every default callback, accuracy as a metric, our SGD. Lean: no table, and only the callback that measures.
+    channels_last: the same, with the channels of a pixel side by side in memory."""
     from exp.nb_12 import SGD
     return learner(job, variant, SGD)
 
@@ -84,21 +86,24 @@ def exp_torch_sgd(job, variant):
     "The same with torch.optim.SGD."
     return learner(job, variant, torch.optim.SGD)
 
-@row('exp, Record', 'lean', 'defaults', worker='exp')
+@row('exp, Record', 'lean', 'defaults', works=TRAINING, worker='exp')
+@row('exp, Record', 'channels_last', works=CNNS, worker='exp')
 def exp_record(job, variant):
     "Our SGD, and the callback `Record`: the step recorded once, which is not timed, and replayed."
     from exp.nb_12 import SGD
     from exp.nb_30 import Record
     return learner(job, variant, SGD, Record(), ready=True)
 
-@row('exp, Compile', 'lean', 'defaults', worker='exp')
+@row('exp, Compile', 'lean', 'defaults', works=TRAINING, worker='exp')
+@row('exp, Compile', 'channels_last', works=CNNS, worker='exp')
 def exp_compile(job, variant):
     "Our SGD, and the callback `Compile`: what was recorded, compiled. Compiling is not timed."
     from exp.nb_12 import SGD
     from exp.nb_30 import Compile
     return learner(job, variant, SGD, Compile(), ready=True)
 
-@row('exp, Compile(step=True)', 'lean', 'defaults', worker='exp')
+@row('exp, Compile(step=True)', 'lean', 'defaults', works=TRAINING, worker='exp')
+@row('exp, Compile(step=True)', 'channels_last', works=CNNS, worker='exp')
 def exp_compile_step(job, variant):
     "The same with the optimizer's step compiled, too."
     from exp.nb_12 import SGD
@@ -110,7 +115,8 @@ def learner(job, variant, opt_func, *cbs, ready=False):
     from exp.nb_04 import DataLoader, Dataset
     from exp.nb_10 import Learner, Metrics
     class Lean(Learner): default_cbs = (Metrics,)
-    lean = variant == 'lean'
+    lean = variant != 'defaults'
+    if variant == 'channels_last': job.model.to(memory_format=torch.channels_last)
     train_dl = DataLoader(Dataset(job.x, job.y), job.bs, shuffle=True, drop_last=True, seed=SEED)
     valid_dl = DataLoader(Dataset(job.x_valid, job.y_valid), 2*job.bs) if job.has_valid else None
     options = dict(opt_func=opt_func, lr=job.lr, metrics=accuracy, progress=not lean, cbs=cbs)
@@ -383,6 +389,45 @@ def flax_nnx(job, variant):
                 theirs.weight.copy_(_tensor(mine.kernel[...]).T)
                 theirs.bias.copy_(_tensor(mine.bias[...]))
         return total.item()/len(job.x_valid) if job.has_valid else None
+    return run
+
+
+@row('tinygrad', 'defaults', needs='clang')
+def tinygrad(job, variant):
+    """Its kernels for the CPU on one thread, which need clang. A step of its SGD under TinyJit, fed with numpy batches; accuracy by a
+    jitted function. Compiling is not timed."""
+    from tinygrad import Context, Tensor, TinyJit
+    from tinygrad.nn.optim import SGD
+    layers = _leaves(job.model)
+    params = [[Tensor(p.detach().numpy().copy()) for p in layer.parameters()] for layer in layers]
+    opt = SGD([p for ps in params for p in ps], lr=job.lr)
+    def apply(x):
+        for layer, p in zip(layers, params):
+            if isinstance(layer, nn.Linear): x = x.linear(p[0].T, p[1])
+            elif isinstance(layer, nn.ReLU): x = x.relu()
+            elif isinstance(layer, nn.Flatten): x = x.flatten(1)
+            else: x = x.conv2d(*p, stride=layer.stride)
+        return x
+    @TinyJit
+    @Context(TRAINING=1)
+    def train(x, y):
+        opt.zero_grad()
+        apply(x).sparse_categorical_crossentropy(y).backward()
+        opt.step()
+    def right(x, y): return (apply(x).argmax(1) == y).sum().realize()
+    x, y, order = job.x.numpy(), job.y.numpy().astype('int32'), _order(job)
+    slices = [(xb.numpy(), yb.numpy().astype('int32')) for xb, yb in job.slices()]
+    count, first = {len(xb): TinyJit(right) for xb, _ in slices}, [p.numpy().copy() for p in opt.params]
+    for _ in range(3):  # it compiles at the first calls, for one shape
+        train(Tensor(x[order[0]]), Tensor(y[order[0]]))
+        for xb, yb in {len(xb): (xb, yb) for xb, yb in slices}.values(): count[len(xb)](Tensor(xb), Tensor(yb))
+    for p, old in zip(opt.params, first): p.assign(Tensor(old)).realize()
+    def run():
+        for idxs in order: train(Tensor(x[idxs]), Tensor(y[idxs]))
+        total = sum(count[len(xb)](Tensor(xb), Tensor(yb)).item() for xb, yb in slices)
+        with torch.no_grad():
+            for mine, theirs in zip(opt.params, job.model.parameters()): theirs.copy_(_tensor(mine.numpy()))
+        return total/len(job.x_valid) if job.has_valid else None
     return run
 
 

@@ -1,5 +1,5 @@
-"""What every row of the table does: the same rows in the same order, from the same first weights, on one thread."""
-import gc
+"""What every row of the table does: the same rows in the same order, from the same first weights, on one thread but for `cnn2`."""
+import gc, shutil, sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -24,17 +24,21 @@ class Work:
     n: int = 50_000                       # training rows; a last short batch is dropped
     n_valid: int = 10_000                 # validation rows; 0: training only
     passes: int = 1                       # through the training rows
+    threads: int = 1                      # if one, on one core
 
 BY_HAND = 'by hand', 'lean'
 WORKS = {
     'mlp': Work('An epoch of digits: 784-50-10, batches of 64, then validation', BY_HAND),
     'tiny': Work('A model too small to matter: 1000 batches of 64', BY_HAND, n=64_000, n_valid=0),
     'cnn': Work('A small convolutional network: batches of 256, then validation', BY_HAND, bs=256, lr=0.1, n=256*80, n_valid=5_000),
+    'cnn2': Work('The same network on two threads, on whichever cores', BY_HAND, bs=256, lr=0.1, n=256*80, n_valid=5_000, threads=2),
     'loading': Work('Loading: batches of 64 rows of 784 floats, nothing trained', ('x[idx]', ''), n_valid=0, passes=4),
     'data': Work('Learner.fit as the data grows', ('exp', '1x'), n=SIZES['1x'], n_valid=0),
     'callbacks': Work('Learner.fit as callbacks are added: 1000 batches of the tiny model', ('exp', '0 callbacks'), n=64_000,
                       n_valid=0)}
-TRAINING = 'mlp', 'tiny', 'cnn'
+OF_ALL = 'mlp', 'tiny', 'cnn'             # what every library trains
+CNNS = 'cnn', 'cnn2'
+TRAINING = *OF_ALL, 'cnn2'
 
 
 @dataclass
@@ -45,9 +49,12 @@ class Row:
 
 ROWS = {}                 # (library, variant) -> Row
 
-def row(library, *variants, works=TRAINING, worker=None):
-    "Enter a function into the table."
+def row(library, *variants, works=OF_ALL, worker=None, needs=None):
+    "Enter a function into the table, unless a program that it needs is missing."
     def enter(f):
+        if needs and not shutil.which(needs):
+            print(f'left out: {library}, which needs {needs}', file=sys.stderr)
+            return f
         for variant in variants: ROWS[library, variant] = Row(worker or library, works, f)
         return f
     return enter
@@ -59,15 +66,16 @@ def load_rows():
 
 def make_model(name):
     if name == 'mlp': return Model(784, 50, 10)
-    if name == 'cnn': return nn.Sequential(nn.Conv2d(1, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
-                                           nn.Flatten(), nn.Linear(800, 10))
+    if name in CNNS: return nn.Sequential(nn.Conv2d(1, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
+                                            nn.Flatten(), nn.Linear(800, 10))
     return nn.Linear(784, 10) if name == 'data' else nn.Linear(4, 2)
 
 
 def first_weights():
     "The weights that every library begins with: name of the work -> state_dict."
     set_seed(SEED)
-    return {name: make_model(name).state_dict() for name in WORKS if name != 'loading'}
+    found = {name: make_model(name).state_dict() for name in WORKS if name not in ('cnn2', 'loading')}
+    return found | dict(cnn2=found['cnn'])
 
 
 digits = cache(get_data)
@@ -75,9 +83,9 @@ digits = cache(get_data)
 @cache
 def get_rows(name, n):
     "Training and validation tensors of a work."
-    if name in ('mlp', 'cnn', 'loading'):
+    if name in ('mlp', *CNNS, 'loading'):
         x, y, x_valid, y_valid = digits()
-        if name == 'cnn': x, x_valid = x.view(-1, 1, 28, 28), x_valid.view(-1, 1, 28, 28)
+        if name in CNNS: x, x_valid = x.view(-1, 1, 28, 28), x_valid.view(-1, 1, 28, 28)
         k = WORKS[name].n_valid
         return x[:n], y[:n], x_valid[:k], y_valid[:k]
     g, width = torch.Generator().manual_seed(SEED), 784 if name == 'data' else 4

@@ -32,7 +32,8 @@ if __name__ == '__main__':
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # from here on, what is printed goes to the standard error
     load_rows()
-    torch.set_num_threads(1)
-    if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # all on the same core
+    threads = int(os.environ['OMP_NUM_THREADS'])
+    torch.set_num_threads(threads)
+    if threads == 1 and hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # all on the same core
     weights = torch.load(sys.argv[1])
     for line in sys.stdin: print(json.dumps(run_row(json.loads(line), weights)), file=answers, flush=True)
