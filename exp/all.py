@@ -23,4 +23,6 @@ from exp.nb_14 import *
 from exp.nb_15 import *
 from exp.nb_16 import *
 from exp.nb_20 import *
+from exp.nb_21 import *
+from exp.nb_22 import *
 from exp.nb_30 import *
