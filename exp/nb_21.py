@@ -7,7 +7,7 @@ __all__ = ['Hooks', 'GeneralReLU', 'init_weights', 'lsuv_init', 'ActivationStats
 
 # %% ../nbs/21_initialization.ipynb #210003
 import base64, html, io, math, sys, time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 import numpy as np
 import torch

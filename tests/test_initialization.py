@@ -9,9 +9,8 @@ from torch import nn
 from exp.nb_00 import set_seed, test_near as near
 from exp.nb_02 import Model
 from exp.nb_10 import Callback, CancelBatch, CancelEpoch, CancelFit, Learner
-from exp.nb_11 import lr_find
 from exp.nb_12 import EMA
-from exp.nb_13 import Checkpoint, load_checkpoint, save_checkpoint
+from exp.nb_13 import Checkpoint
 from exp.nb_15 import BatchTransform, GradientAccumulation
 from exp.nb_20 import SimpleCNN, conv, summary
 from exp.nb_21 import ActivationStats, GeneralReLU, Hooks, init_weights, lsuv_init
