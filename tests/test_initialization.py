@@ -89,7 +89,7 @@ def test_removed_by_hand_within():
 
 def quiet_model(): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3))
 
-@pytest.mark.parametrize('options', [{}, dict(every=1), dict(every=3, layers=lambda m: True), dict(every=1, live=True), dict(unit_dim=-1, bins=2)], ids=str)
+@pytest.mark.parametrize('options', [{}, dict(every=1), dict(every=3, layers=lambda m: True), dict(every=1, live=True), dict(unit_dim=-1, bins=2)], ids=' '.join)
 def test_the_training_is_the_same(options):
     plain = new_learner(model=quiet_model)
     plain.fit(2)
