@@ -95,6 +95,10 @@ def test_the_network_as_others_use_it():
         with pytest.raises(ValueError, match='rows of square ones, got'): SimpleCNN()(torch.zeros(shape))
 
 
+def test_the_windows_of_the_network():
+    assert [block[0].kernel_size for block in SimpleCNN().body] == [(5, 5), (3, 3), (3, 3), (3, 3)]
+
+
 def test_images_are_looked_at_and_not_copied():
     x = torch.rand(4, 784)
     assert as_images(x).data_ptr() == x.data_ptr() and as_images(x[::2]).shape == (2, 1, 28, 28)
@@ -182,13 +186,20 @@ def test_a_weight_that_two_layers_share_counts_once():
 
 def test_products_in_fused_kernels_are_counted_and_the_kernels_stay_on():
     x = torch.randn(2, 5, 16)
-    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(True)
     for attention in (nn.MultiheadAttention(16, 4, batch_first=True), nn.MultiheadAttention(16, 4, batch_first=True, bias=False)):
         assert summary(attention, (x, x, x)).madds == 2*(5*4*16*16 + 2*5*5*16)
     assert summary(nn.LSTM(16, 8), x).madds == 2*5*4*8*(16 + 8) and summary(nn.GRU(16, 8), x).madds == 2*5*3*8*(16 + 8)
-    assert torch.backends.mha.get_fastpath_enabled() == fast and torch._C._get_mkldnn_enabled()
+    assert torch.backends.mha.get_fastpath_enabled() and torch._C._get_mkldnn_enabled()
     with pytest.raises(RuntimeError): summary(nn.Sequential(nn.LSTM(16, 8), nn.Linear(3, 3)), x[..., :3])
-    assert torch.backends.mha.get_fastpath_enabled() == fast and torch._C._get_mkldnn_enabled()
+    assert torch.backends.mha.get_fastpath_enabled() and torch._C._get_mkldnn_enabled()
+
+
+class Attends(nn.Module):
+    def forward(self, x): return F.scaled_dot_product_attention(x, x, x)
+
+def test_products_of_attention_as_a_function():
+    assert summary(Attends(), torch.randn(2, 4, 5, 8)).madds == 2*(2*4*5*5*8)  # scores, and means by scores
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
