@@ -25,11 +25,22 @@ def test_every_library_is_measured(work):
 
 @pytest.mark.parametrize('work', ('mlp', 'tiny', 'cnn'))
 def test_every_row_does_the_same_work(work):
-    "The same weights at the end, but for Keras with its defaults, which shuffles for itself; the accuracy within two points of the loop's."
+    "The same weights at the end, but for Keras with its defaults, which shuffles for itself; the accuracy is near the loop's."
     rows = result['works'][work]
     for label, row in rows.items():
         if row['library'] in LIBRARIES and label != 'Keras, defaults': assert row['difference'] < 1e-4, label
-        if row['accuracy']: assert abs(row['accuracy'] - rows['by hand, lean']['accuracy']) < 0.02, label
+        near = 0.05 if label == 'Keras, defaults' else 0.02  # the order moves an unfinished training by some points
+        if row['accuracy']: assert abs(row['accuracy'] - rows['by hand, lean']['accuracy']) < near, label
+
+
+@pytest.mark.parametrize('work, more', [('mlp', ('JAX, lean', 'Flax NNX, defaults', 'tinygrad, defaults')), ('cnn', ('exp, our SGD, channels_last',)),
+                                        ('cnn2', ('by hand, again', 'exp, our SGD, defaults', 'exp, our SGD, channels_last'))])
+def test_the_later_rows_are_measured(work, more):
+    "Recorded and compiled, of the same weights; JAX and tinygrad; a network on two threads."
+    rows = result['works'][work]
+    ways = [f'exp, {way}, {variant}' for way in ('Record', 'Compile', 'Compile(step=True)') for variant in ('lean', 'defaults')]
+    for row in (*ways, *more): assert len(rows[row]['rounds']) == result['rounds'], row
+    for row in ways: assert rows[row]['difference'] < 1e-4, row
 
 
 def test_loading_and_growth_are_measured():
