@@ -171,12 +171,12 @@ def draw(works, path):
         ax.axvline(1, color='black', lw=0.8)
         if FLOOR in rows: ax.axvline(rows[FLOOR]['ratio']['median'], color='tab:gray', ls='--', lw=1, label=FLOOR)
         ax.set(xscale='log', xlabel='time, times a loop written by hand (log scale)', title=title)
-        ax.set_xlim(0.7*min(r['ratio']['low'] for r in rows.values()), 1.8*max(r['ratio']['high'] for r in rows.values()))
+        ax.set_xlim(0.7*min(r['ratio']['low'] for r in rows.values()), 2.6*max(r['ratio']['high'] for r in rows.values()))
         ax.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8, 16]))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
         ax.xaxis.set_minor_locator(NullLocator())
     axes[0].set_yticks(range(len(libraries)), libraries)
-    axes[0].legend(loc='lower left', fontsize=8)
+    axes[0].legend(loc='upper right', fontsize=8)
     fig.savefig(path, dpi=100, metadata={'Software': None})
 
 
