@@ -66,7 +66,7 @@ class FreezeStatistics(Callback):
 
 def _has_statistics(m): return getattr(m, 'running_mean', None) is not None
 
-# %% ../nbs/25_transfer.ipynb #250062
+# %% ../nbs/25_transfer.ipynb #250064
 class ByPart:
     "An `opt_func` for a `Learner`: groups of parameters, one for each part, so that each has its own rate."
     def __init__(self,
@@ -100,7 +100,7 @@ def _parameters_of(part):
     if isinstance(part, (list, tuple)): return [p for each in part for p in _parameters_of(each)]
     raise TypeError(f'expected parts that are modules or parameters, got {brief(part)}')
 
-# %% ../nbs/25_transfer.ipynb #250090
+# %% ../nbs/25_transfer.ipynb #250094
 @contextmanager
 def _untouched(model):
     "Evaluation mode, with gradients; afterwards modes, buffers and random states are as before."
@@ -128,7 +128,7 @@ def _last_map(model, args):
     raise ValueError('expected a layer that puts out (n, channels, h, w), at least 16 places, found none: '
                      'name one as layer')
 
-# %% ../nbs/25_transfer.ipynb #250091
+# %% ../nbs/25_transfer.ipynb #250095
 def _classes(scores, target):
     "The class of each row, (n,)."
     if not isinstance(scores, Tensor) or scores.ndim != 2 or not scores.is_floating_point():
@@ -146,7 +146,7 @@ def _form(value):
     if isinstance(value, Tensor): return f'a tensor {tuple(value.shape)} of {value.dtype}'
     return f'a {type(value).__name__}'
 
-# %% ../nbs/25_transfer.ipynb #250092
+# %% ../nbs/25_transfer.ipynb #250096
 def grad_cam(model:nn.Module, # is afterwards as it was before
              xb, # a batch: a Tensor, or a tuple or list of inputs
              layer:nn.Module=None, # to make the map of; None: the last with (n, channels, h, w) and 16 places
