@@ -10,7 +10,6 @@ from torch import nn
 from exp.nb_00 import set_seed, test_near as near
 from exp.nb_04 import Dataset, get_dls
 from exp.nb_10 import Callback, CancelBatch, CancelEpoch, CancelFit, Learner
-from exp.nb_11 import fit_one_cycle, lr_find
 from exp.nb_12 import EMA, SGD, Adam, AdamW, Muon, RMSProp
 from exp.nb_13 import Checkpoint, load_weights, save_weights
 from exp.nb_15 import GradientAccumulation
@@ -160,6 +159,14 @@ def test_a_callback_for_two_learners_and_its_copies():
         learn.fit(1)
         assert same(statistics(learn.model), before)
 
+def test_modes_are_as_before_after_an_error_in_a_pass():
+    learn = new_learner()
+    learn.freeze_to(-1)
+    with suppress(KeyError), FreezeStatistics().around_pass(learn):
+        assert sum(not m.training for m in learn.model.modules()) == 3
+        raise KeyError
+    assert all(modes(learn.model))
+
 @pytest.mark.parametrize('layers', [[nn.Linear(2, 2)], nn.ReLU(), ['body'], [nn.BatchNorm2d(3, track_running_stats=False)]])
 def test_layers_without_statistics_are_refused(layers):
     with pytest.raises(ValueError, match='running statistics'): FreezeStatistics(layers)
@@ -212,7 +219,7 @@ def test_a_head_anywhere(depth, n_out, bias, dtype, training):
     model = nn.Linear(7, 4, bias)
     for n in depth: model = nn.Sequential(*[nn.Identity() for _ in range(n)], model, nn.Identity())
     model = nn.Sequential(nn.Linear(5, 7), model).to(dtype).train(training)
-    first, state = model[0], torch.get_rng_state()
+    first = model[0]
     model.requires_grad_(False)
     head = replace_head(model, n_out)
     assert model(torch.randn(3, 5, dtype=dtype)).shape == (3, n_out) and model[0] is first
@@ -417,6 +424,30 @@ def test_odd_models():
         for learns in (True, False):
             with pytest.raises(ValueError, match='scores come from'): grad_cam(model.requires_grad_(learns), args, layer)
     with pytest.raises(TypeError): grad_cam(model, args, 'conv')
+
+def test_of_several_calls_the_last_counts():
+    "Which ends in a mean and a linear layer: so the map can be computed without a gradient."
+    model, args = Odd().eval(), (torch.randn(4, 1, 6, 6), torch.randn(4, 1, 6, 6))
+    nn.init.ones_(model.fc.weight)
+    z = args[0] + args[1]
+    for layer in (model.first, model.conv, model.conv): z = layer(z).relu()
+    cam = torch.einsum('k,nkij->nij', model.fc.weight[1], z).relu()/36
+    near(grad_cam(model, args, model.act, 1), cam, rtol=1e-4, atol=1e-6)
+
+def test_inputs_made_in_inference_mode():
+    model = net()
+    with torch.inference_mode():
+        x = torch.randn(3, 1, 8, 8)
+        inside = grad_cam(model, x)
+    near(inside, grad_cam(model, x))
+    near(inside, grad_cam(model, x.clone()))
+
+@pytest.mark.parametrize('side, n', [((3, 5), 15), ((4, 4), 16), ((2, 8), 16)])
+def test_maps_of_few_places_have_to_be_named(side, n):
+    model, x = nn.Sequential(nn.Conv2d(1, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.randn(2, 1, *side)
+    if n < 16:
+        with pytest.raises(ValueError, match='at least 16 places'): grad_cam(model, x)
+    assert grad_cam(model, x, model[0] if n < 16 else None).shape == (2, *side)
 
 class Failing(nn.Module):
     def forward(self, x): raise KeyError('broken')
