@@ -1017,6 +1017,7 @@ def freeze_to(self:Learner,
     trained = {id(p) for part in parts[n:] for p in part.parameters()}
     for p in self.model.parameters():
         if p.is_floating_point() or p.is_complex(): p.requires_grad_(n == 0 or id(p) in trained)
+        if not p.requires_grad: p.grad = None  # or the next step would still use it
 
 @patch
 def unfreeze(self:Learner):

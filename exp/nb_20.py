@@ -159,7 +159,8 @@ def summary(model:nn.Module, # is afterwards as it was before
         for handle in handles: handle.remove()
         for m, training in modes.items(): m.training = training
         with torch.no_grad():
-            for b, old in buffers: b.copy_(old)
+            for b, old in buffers:
+                if not (b.is_meta or b.equal(old)): b.copy_(old)  # one that autograd needs stays untouched
         set_rng_state(states)
     trainable = sum(p.numel() for p in weights if p.requires_grad)
     return Summary(calls.rows, sum(p.numel() for p in weights), trainable, calls.new_weights(weights))

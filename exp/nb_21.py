@@ -192,7 +192,8 @@ def _mean_and_std(layer, name, output):
 
 @torch.no_grad()
 def _put_back(pairs):
-    for t, old in pairs: t.copy_(old)
+    for t, old in pairs:
+        if not (t.is_meta or t.equal(old)): t.copy_(old)  # one that autograd needs stays untouched
 
 @contextmanager
 def _as_before(model, layers):

@@ -268,3 +268,13 @@ def test_a_lazy_model_is_refused_before_it_takes_a_shape():
     model = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(ValueError, match='lazy'): summary(model, x4())
     assert isinstance(model[0].weight, nn.UninitializedParameter)
+
+
+def test_between_forward_and_backward():
+    "Buffers that did not change are not written, so that autograd finds them as they were."
+    model = SimpleCNN(norm=torch.nn.BatchNorm2d).eval()
+    x = torch.rand(4, 784)
+    loss = model(x).sum()
+    summary(model, x)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())

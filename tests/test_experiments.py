@@ -36,7 +36,7 @@ def test_the_default_reaches_97_percent(seed, tmp_path, capsys, monkeypatch):
     (dict(epochs=0), '--epochs of at least 1, got 0'), (dict(bs=0), '--bs of at least 1 and at most 50000, got 0'), (dict(bs=50_001), 'at most 50000, got 50001'),
     (dict(lr=0.), '--lr above 0, got 0.0'), (dict(lr=float('nan')), 'got nan'), (dict(hidden=-1), 'got -1'), (dict(seed=-1), 'got -1'),
     (dict(dataset='mnits'), r"--dataset in \['mnist', 'fashion_mnist', 'kmnist'\], got 'mnits'"), (dict(data_dir='nowhere'), 'nowhere'),
-    (dict(model='mpl'), r"--model in \['linear', 'mlp', 'deep'\], got 'mpl'"), (dict(opt='adamm'), "'muon'.*got 'adamm'"),
+    (dict(model='mpl'), r"--model in \['linear', 'mlp', 'deep', 'cnn', 'resnet'\], got 'mpl'"), (dict(opt='adamm'), "'muon'.*got 'adamm'"),
     (dict(sched='saw'), "'wsd'.*got 'saw'"), (dict(device='tpu9'), "got 'tpu9'"), (dict(name='a/b'), "without a folder, got 'a/b'"),
     (dict(resume='none'), "expected a run, got 'none'")])
 def test_wrong_options_are_named_before_anything_is_made(option, words, tmp_path, monkeypatch):
@@ -61,7 +61,7 @@ def test_a_device_by_name(device, small):
 
 @pytest.mark.parametrize('model, opt', [(model, 'adamw') for model in MODELS] + [('mlp', opt) for opt in OPTIMIZERS])
 def test_every_model_learns_with_every_optimizer_at_its_rate(model, opt, small):
-    folder = exp_train(model=model, opt=opt, epochs=3)
+    folder = exp_train(model=model, opt=opt, epochs=3, bs=16 if model in ('cnn', 'resnet') else 64)
     assert max(row['accuracy'] for row in read_metrics(folder)) > 0.6
 
 @pytest.mark.parametrize('sched', SCHEDULES)

@@ -1,5 +1,5 @@
 "Residual blocks of any shape, the fast network in other people's hands, recipes, and the weights in the package."
-import copy, hashlib, pickle, subprocess, sys
+import copy, pickle
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
 import pytest, torch

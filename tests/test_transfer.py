@@ -481,3 +481,18 @@ def test_within_a_training():
         learn.fit(2, 0.01, cbs=cbs)
         runs.append([*learn.model.state_dict().values()])
     assert same(*runs)
+
+
+@pytest.mark.parametrize('opt_func', (torch.optim.SGD, torch.optim.AdamW, functools.partial(torch.optim.SGD, momentum=0.9)))
+def test_frozen_between_backward_and_step(opt_func):
+    "A gradient that was there before is not used any more."
+    class Freeze(Callback):
+        def after_backward(self, learn):
+            if learn.iter == 1:
+                learn.freeze_to(-1)
+                self.before = learn.model[0].weight.detach().clone()
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))]*4
+    learn, freeze = Learner(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), (batches, None), opt_func=opt_func, progress=False), Freeze()
+    learn.fit(1, cbs=freeze)
+    assert torch.equal(learn.model[0].weight, freeze.before)
