@@ -13,7 +13,7 @@ from exp.nb_12 import AdamW, Muon
 from exp.nb_13 import CheckpointError, load_weights, save_weights
 from exp.nb_20 import summary
 from exp.nb_21 import Hooks
-from exp.nb_23 import PRETRAINED, RECIPES, Crop, FastCNN, Recipe, ResBlock, ResNet, load_pretrained, speed_run
+from exp.nb_23 import PRETRAINED, RECIPES, Crop, FastCNN, Recipe, ResBlock, ResNet, Unshuffle, load_pretrained, speed_run
 from exp.nb_30 import MixedPrecision, Record
 
 digits = torch.rand(8, 784, generator=torch.Generator().manual_seed(0))
@@ -234,3 +234,39 @@ def test_a_run_on_a_gpu():
     images, answers, valid, valid_answers = [t.cuda() for t in data]
     model, seconds = speed_run(RECIPES[99], images, answers)
     with torch.no_grad(): assert (model(valid).argmax(1) == valid_answers).float().mean() > 0.98
+
+
+def test_the_stages_of_a_resnet():
+    "All blocks of a stage give images of the same size; each stage but the first halves them once."
+    model, shapes = ResNet(channels=(4, 8, 12), blocks=2), []
+    blocks = [m for m in model.modules() if isinstance(m, ResBlock)]
+    with Hooks(blocks, lambda layer, inputs, output: shapes.append(tuple(output.shape[1:]))): model(digits)
+    assert shapes == [(4, 14, 14)]*2 + [(8, 7, 7)]*2 + [(12, 4, 4)]*2
+    assert ResBlock(3, 3, squeeze=4).convs[0][0].out_channels == 1
+
+
+def test_unshuffle_is_that_of_pytorch():
+    for shape in ((2, 1, 4, 6), (3, 3, 2, 2), (1, 5, 8, 4)):
+        x = torch.randn(shape)
+        assert torch.equal(Unshuffle()(x), F.pixel_unshuffle(x, 2))
+    assert Unshuffle()(torch.rand(0, 3, 4, 4)).shape == (0, 12, 2, 2)
+
+
+def test_the_smallest_images():
+    assert FastCNN(size=24)(torch.rand(2, 1, 24, 24)).shape == (2, 10)
+    with pytest.raises(ValueError, match='an even size of at least 24, got 22'): FastCNN(size=22)
+
+
+def test_what_a_recipe_says_is_what_is_trained():
+    seen = []
+    class Look(Callback):
+        def after_step(self, learn):
+            if learn.iter == 0: seen.append((learn.batch[1].tolist(), learn.loss_func.label_smoothing, learn.opt.param_groups[0]['weight_decay']))
+    def run(seed, **changes): return speed_run(replace(quick, cbs=(Look,), **changes), x, y, seed)[0]
+    last, plain = run(1), run(2, channels_last=False, smoothing=0.3, options=dict(jitter=1, crop=2), opt_func=partial(AdamW, weight_decay=0.5))
+    run(1)
+    weights = [model.body[4].weight for model in (last, plain)]
+    assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [True, False]
+    assert (last.stem[0].jitter, plain.stem[0].jitter) == (0, 1) and last.bf16
+    assert [s[1:] for s in seen] == [(0.1, 0.), (0.3, 0.5), (0.1, 0.)]
+    assert seen[0][0] == seen[2][0] != seen[1][0], 'the order follows the seed'
