@@ -85,7 +85,8 @@ class ByPart:
         left = {p: name for name, p in model.named_parameters()}
         groups = []
         for part in self.parts(model):
-            group = [p for p in _parameters_of(part) if left.pop(p, None)]  # each once, in its first part
+            group = [p for p in dict.fromkeys(_parameters_of(part)) if p in left]  # each in its first part
+            for p in group: del left[p]
             if group: groups.append(group)
         if left:
             names = ', '.join([*left.values()][:3])
