@@ -29,7 +29,7 @@ def test_every_row_does_the_same_work(work):
     rows = result['works'][work]
     for label, row in rows.items():
         if row['library'] in LIBRARIES and label != 'Keras, defaults': assert row['difference'] < 1e-4, label
-        near = 0.05 if label == 'Keras, defaults' else 0.02  # the order moves an unfinished training by some points
+        near = 0.05 if (work, label) == ('cnn', 'Keras, defaults') else 0.02  # its order, in a training that has just begun
         if row['accuracy']: assert abs(row['accuracy'] - rows['by hand, lean']['accuracy']) < near, label
 
 
