@@ -26,5 +26,6 @@ from exp.nb_20 import *
 from exp.nb_21 import *
 from exp.nb_22 import *
 from exp.nb_23 import *
+from exp.nb_24 import *
 from exp.nb_25 import *
 from exp.nb_30 import *
