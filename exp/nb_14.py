@@ -32,12 +32,16 @@ from .nb_13 import Checkpoint, SaveBest, atomic_write, load_weights
 def _deep(n_in, nh, n_out):
     return nn.Sequential(nn.Linear(n_in, nh), nn.ReLU(), nn.Linear(nh, nh), nn.ReLU(), nn.Linear(nh, n_out))
 
-def _later(name): # of a class (classes) -> model, which a later notebook builds
-    return lambda n_in, nh, n_out: resolve_name(name)(n_out)
+def _later(name, sized=False): # of a class of a later notebook: (classes), or (classes, size), -> model
+    def make(n_in, nh, n_out):
+        side = math.isqrt(n_in)
+        if side**2 != n_in: raise ValueError(f'expected square images for this model, got {n_in} pixels')
+        return resolve_name(name)(n_out, **dict(size=side) if sized else {})
+    return make
 
 MODELS = {  # name -> function (features, hidden units, classes) -> model
     'linear': lambda n_in, nh, n_out: nn.Linear(n_in, n_out), 'mlp': Model, 'deep': _deep,
-    'cnn': _later('exp.nb_23:FastCNN'), 'resnet': _later('exp.nb_23:ResNet')}
+    'cnn': _later('exp.nb_23:FastCNN', sized=True), 'resnet': _later('exp.nb_23:ResNet')}
 
 SUITED = {  # name of a model -> settings that `exp_train` uses for it in the place of the usual defaults
     'cnn': dict(epochs=2, bs=128, opt='muon', lr=0.05), 'resnet': dict(epochs=2, bs=128, lr=0.01)}

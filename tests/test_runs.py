@@ -337,6 +337,20 @@ def test_images_of_any_size(shape, tmp_path, monkeypatch):
     assert {*drawn} == {shape} and (folder/'mistakes.png').read_bytes().startswith(b'\x89PNG')
     assert load_run(folder).model.weight.shape == (10, shape[0]*shape[1])
 
+@pytest.mark.parametrize('model, side', [('cnn', 24), ('cnn', 32), ('resnet', 8), ('resnet', 15)])
+def test_convolutions_on_images_of_any_side(model, side, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = exp_train(data_dir=write_data(tmp_path/'data', shape=(side, side)), **QUICK | dict(model=model))
+    assert load_run(folder).validate()['accuracy'] >= 0
+
+@pytest.mark.parametrize('model, shape, words', [('cnn', (16, 16), 'size of at least 24, got 16'), ('cnn', (25, 25), 'even size .*got 25'),
+                                                 ('cnn', (4, 8), 'square images .*got 32 pixels'), ('resnet', (4, 8), 'square images')], ids=str)
+def test_images_that_convolutions_cannot_take(model, shape, words, tmp_path, monkeypatch):
+    "Said before anything is written."
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words): exp_train(data_dir=write_data(tmp_path/'data', shape=shape), **QUICK | dict(model=model))
+    assert not (tmp_path/'runs').exists()
+
 UNFIT = {'no test files': (dict(parts=['train']), 'expected t10k-images'), 'test images of another size': (dict(test_shape=(4, 8)), 'test images of 64 pixels, .*found 32'),
          'labels up to 11': (dict(classes=12), 'training labels from 0 to 9, found 0 to 11'), 'labels from 1': (dict(least=1), 'labels from 0 to 9, found 1 to 10'),
          'a test label': (dict(test_labels=26), 'test labels from 0 to 9, found 26 to 26'), 'no pixels': (dict(shape=(0, 8)), 'training images, found shape')}
