@@ -142,14 +142,14 @@ def _sides(x, height, width):
 
 # %% ../nbs/24_augmentation.ipynb #240047
 def _random_box(x, area, p):
-    "Top, left, height and width of a box for each image, (n,) each, and a mask; empty but for a share p."
+    "Top, left, height, width of a box for each image, (n,) each; and its mask, or an empty one for 1 - p."
     _check('p', p, 0, 1)
     _check('the least area', area[0], 0, area[1])
     _check('the largest area', area[1], 0, 1)
     h, w = x.shape[2:]
     pixels = _draw(x, *area)*h*w
     stretch = _draw(x, -math.log(2), math.log(2)).exp()              # height/width
-    stretch = stretch.clamp(pixels/w**2, h**2/pixels.clamp(min=1))   # so that both sides fit
+    stretch = stretch.clamp(pixels/w**2, h**2/pixels.clamp(min=1))   # both sides fit
     sides = _sides(x, (pixels*stretch).sqrt(), (pixels/stretch).sqrt())
     box = *_place(x, *sides), *sides
     return box, _mask(x, *box) & (_draw(x) < p)[:, None, None, None]
