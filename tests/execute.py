@@ -7,6 +7,6 @@ from nbclient import NotebookClient
 for path in map(Path, sys.argv[1:]):
     print(path)
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name='python3', coalesce_streams=True, record_timing=False,
+    NotebookClient(notebook, timeout=None, kernel_name='python3', coalesce_streams=True, record_timing=False,
                    resources={'metadata': {'path': str(path.parent)}}).execute()
     nbformat.write(notebook, path)
