@@ -84,10 +84,10 @@ class BatchNorm(_ChannelNorm):
 
 # %% ../nbs/22_normalization.ipynb #220059
 class GroupNorm(_ChannelNorm):
-    """Mean 0 and deviation 1 for each group of channels, over all places, in each row by itself
+    """Mean 0 and deviation 1 for each group of channels, over all places, in each image by itself
     (Wu and He, 2018). As `nn.GroupNorm`; raises `ValueError` if the groups don't divide the channels."""
     def __init__(self,
-                 groups:int, # they share the channels evenly; 1: all numbers of a row have one mean
+                 groups:int, # they share the channels evenly; 1: all numbers of an image have one mean
                  n:int, # channels
                  eps:float=1e-5, # added to the variance, > 0
                  affine:bool=True): # learn a gain and a bias for each channel
@@ -101,7 +101,7 @@ class GroupNorm(_ChannelNorm):
         return standardize(x, range(2, x.ndim), self.eps).flatten(1, 2)
 
 class InstanceNorm(GroupNorm):
-    """Mean 0 and deviation 1 for each channel of each row, over all places (Ulyanov et al., 2016).
+    """Mean 0 and deviation 1 for each channel of each image, over all places (Ulyanov et al., 2016).
     As `nn.InstanceNorm1d`, `2d` and `3d` for batches, without their running statistics."""
     def __init__(self,
                  n:int, # channels
@@ -132,7 +132,7 @@ class RMSNorm(LayerNorm):
     "Mean square 1 over the last dimensions, and no bias (Zhang and Sennrich, 2019). As `nn.RMSNorm`."
     def __init__(self,
                  shape, # sizes of the last dimensions, a tuple; or a number, for one dimension
-                 eps:float=None, # added to the mean square; None: `torch.finfo(x.dtype).eps`
+                 eps:float=None, # added to the mean square; None: `finfo.eps` of float32, or float64
                  affine:bool=True): # learn a gain for each number of `shape`
         super().__init__(shape, eps, affine, bias=False)
 
