@@ -113,7 +113,7 @@ def _untouched(model):
             yield
     finally:
         for m, training in modes: m.training = training
-        changed = [(b, old) for b, old in buffers if not b.equal(old)]  # a running backward needs the others
+        changed = [(b, old) for b, old in buffers if not b.equal(old)]
         with torch.no_grad():
             for b, old in changed: b.copy_(old)
         set_rng_state(states)
@@ -154,7 +154,7 @@ def grad_cam(model:nn.Module, # is afterwards as it was before
              target=None, # class to ask for, or a Tensor (n,) of them; None: the one with the highest score
             ) -> Tensor: # (n, h, w), at least 0
     "Where a model finds evidence for a class (Grad-CAM; Selvaraju et al., 2017), at the places of a layer."
-    model, found = getattr(model, '_orig_mod', model), []  # of a compiled model
+    model, found = getattr(model, '_orig_mod', model), []  # torch.compile wraps a model in another
     args = xb if isinstance(xb, (tuple, list)) else (xb,)
     def keep(layer, inputs, output):
         if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
