@@ -113,6 +113,7 @@ def _untouched(model):
             yield
     finally:
         for m, training in modes: m.training = training
+        # only these: writing to the others would break a backward pass that is under way
         changed = [(b, old) for b, old in buffers if not b.equal(old)]
         with torch.no_grad():
             for b, old in changed: b.copy_(old)
