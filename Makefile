@@ -25,8 +25,12 @@ test: .venv/.dev  ## run every notebook from a cold kernel, then the tests
 	$(BIN)/nbdev_test --timing --n_workers 2
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
-lab: .venv/.dev  ## open JupyterLab on the front page
-	$(BIN)/jupyter lab --ServerApp.root_dir=. nbs/index.ipynb
+lab: .venv/.dev  ## open JupyterLab on the front page; options in ARGS='--no-browser'
+	@git config filter.notebook.clean >/dev/null || echo "Running a notebook changes its file. 'make hooks', once, keeps what JupyterLab adds out of git; 'git restore nbs' brings all back."
+	$(BIN)/jupyter lab --ServerApp.root_dir=. $(ARGS) nbs/index.ipynb
+
+hooks: .venv/.dev  ## let git look at notebooks without what JupyterLab adds to them, in this clone
+	git config filter.notebook.clean '$(BIN)/python tests/clean.py'
 
 run: .venv/.dev  ## execute every notebook in place and clean it
 	$(BIN)/python tests/execute.py $(NOTEBOOKS)
@@ -41,7 +45,7 @@ check: .venv/.dev  ## clean, export, nothing out of step, lint, test
 	$(BIN)/nbdev_clean
 	$(MAKE) export
 	git diff --exit-code && test -z "$$(git status --porcelain)"
-	$(BIN)/python -m pyflakes exp/nb_*.py tests
+	$(BIN)/python -m pyflakes exp/nb_*.py exp/__main__.py tests docs
 	$(MAKE) test
 
 student: .venv/.dev  ## write the notebooks without solutions, for a class, into student/
@@ -51,6 +55,18 @@ speedrun: .venv/.dev  ## run 23's race again, on an otherwise quiet machine, and
 	$(BIN)/python tests/execute.py nbs/23_resnet.ipynb
 	$(BIN)/nbdev_clean --fname nbs/23_resnet.ipynb
 
+site: .venv/.site  ## build the site into _docs/, from the notebooks as they are stored
+	$(BIN)/python docs/build.py
+
+browser: site  ## walk through the site, JupyterLab and the cell for Colab, in Chromium
+	BROWSER_TESTS=1 $(BIN)/python -m pytest -q tests/browser
+
+drift: .venv/.dev  ## run the notebooks again and compare with the stored outputs
+	$(BIN)/python tests/drift.py nbs/[0-9]*.ipynb
+
+links: .venv/.dev  ## list the addresses that notebooks, README and site point to; ARGS=--check asks for each
+	$(BIN)/python tests/links.py $(ARGS)
+
 bench: .venv/.dev  ## time the training loop, the Learner, the optimizers and the imports
 	$(BIN)/python tests/benchmarks/loop.py
 	$(BIN)/python tests/benchmarks/learner.py
@@ -58,17 +74,25 @@ bench: .venv/.dev  ## time the training loop, the Learner, the optimizers and th
 bench-peers: .venv-bench/.done  ## time other training libraries side by side with ours; options in ARGS='--rounds 15'
 	$(BENCH) tests/benchmarks/peers/run.py $(ARGS)
 
-# compat: a folder called exp, such as a clone of this repository, does not hide the package from the folder beside it.
 # Stamps: an environment is made anew when its requirements change, and finished if it was interrupted.
 .venv/.run: $(META)
 	$(PYTHON) -m venv .venv
-	$(PIP) --config-settings editable_mode=compat -e .
+	$(PIP) -e .
 	@touch $@
 
 .venv/.dev: $(META)
 	$(PYTHON) -m venv .venv
-	$(PIP) --config-settings editable_mode=compat -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	@touch $@ .venv/.run
+
+# MathJax and axe-core are no Python packages, so npm brings them.
+.venv/.site: $(META)
+	$(PYTHON) -m venv .venv
+	$(PIP) -e '.[dev,site]'
+	rm -rf .venv/npm && mkdir -p .venv/npm
+	cd .venv/npm && for package in mathjax@3.2.2 axe-core@4.14.1; do \
+	  npm pack --silent $$package | xargs tar xzf && mv package $${package%@*}; done
+	@touch $@ .venv/.dev .venv/.run
 
 .venv-bench/.done: $(META) $(BENCH_PINS)
 	$(PYTHON) -m venv .venv-bench
@@ -76,4 +100,4 @@ bench-peers: .venv-bench/.done  ## time other training libraries side by side wi
 	$(BENCH_PIP) --no-deps fastai
 	@touch $@
 
-.PHONY: help train test lab run export check student speedrun bench bench-peers
+.PHONY: help train test lab hooks run export check student speedrun site browser drift links bench bench-peers

@@ -1,5 +1,5 @@
 "What no single notebook can say: notebooks and modules agree, every module stands alone, stored outputs are clean, the package is whole."
-import ast, configparser, gzip, hashlib, importlib, json, os, re, shutil, subprocess, sys, zipfile
+import ast, configparser, gzip, hashlib, importlib.util, json, os, re, shutil, subprocess, sys, zipfile
 from pathlib import Path
 import pytest
 
@@ -107,7 +107,7 @@ def test_a_folder_called_exp_hides_nothing(tmp_path):
 
 
 def test_pyflakes():
-    run('-m', 'pyflakes', *MODULES, *(ROOT/'tests').rglob('*.py'))
+    run('-m', 'pyflakes', ROOT/'exp/__main__.py', *MODULES, *(ROOT/'tests').rglob('*.py'), *(ROOT/'docs').glob('*.py'))
 
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)
@@ -166,10 +166,51 @@ def test_colab_cell(path, monkeypatch):
         def __str__(self): return self.name
         def run_line_magic(self, *args): asked.append(args)
     for name in ('<ipykernel.zmqshell.ZMQInteractiveShell>', '<google.colab._shell.Shell>'): exec(code, {'get_ipython': lambda: Shell(name)})
-    assert asked == [('pip', f"install -q git+{CONFIG['DEFAULT']['git_url']}")]
+    assert asked[0] == ('pip', f"install -q git+{CONFIG['DEFAULT']['git_url']}")
+    more = re.findall(r'"([^"]+)"', ' '.join(line for _, line in asked[1:]))  # 00 shows how nbdev exports
+    assert {re.split('[<>]', r)[0] for r in more} <= {re.split('[<>]', r)[0] for r in CONFIG['DEFAULT']['dev_requirements'].split()}
+    assert bool(more) == (path.stem == '00_tools')
+
+
+def test_the_filter_of_make_hooks(tmp_path):
+    "Git doesn't see what JupyterLab adds to a notebook, and goes on seeing what somebody writes."
+    git = lambda *args: subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *args], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    (tmp_path/'nbs').mkdir()
+    for name in ('.gitattributes', 'settings.ini', 'pyproject.toml', 'nbs/00_tools.ipynb'): shutil.copy(ROOT/name, tmp_path/name)
+    git('init', '-q')
+    line, = re.findall(r'^\tgit config filter.notebook.clean .*$', (ROOT/'Makefile').read_text(), re.M)
+    folder = Path(sys.executable).parent
+    subprocess.run(line.replace('$(BIN)', str(folder)).replace('tests/clean.py', str(ROOT/'tests/clean.py')), shell=True, check=True, cwd=tmp_path)
+    git('add', '.')
+    git('commit', '-qm', 'a')
+    edit(tmp_path/'nbs/00_tools.ipynb', '"execution_count": null', '"execution_count": 7')
+    edit(tmp_path/'nbs/00_tools.ipynb', '"metadata": {}', '"metadata": {"trusted": true}')
+    assert git('status', '--porcelain') == ''
+    edit(tmp_path/'nbs/00_tools.ipynb', '# ', '# New: ')
+    assert git('status', '--porcelain') == ' M nbs/00_tools.ipynb\n'
 
 
 # The package
+
+def test_nbdev_2_and_3_read_the_same():
+    "pyproject.toml, for nbdev 3, says what settings.ini says to nbdev 2."
+    import tomllib
+    cfg, toml = CONFIG['DEFAULT'], tomllib.loads((ROOT/'pyproject.toml').read_text())
+    project, nbdev = toml['project'], toml['tool']['nbdev']
+    assert (project['name'], project['requires-python']) == (cfg['lib_name'], f'>={cfg["min_python"]}')
+    assert all(nbdev[k] == cfg[k] for k in ('lib_path', 'nbs_path'))
+    assert all(nbdev[k] == cfg[k].split() for k in ('tst_flags', 'allowed_cell_metadata_keys'))
+
+
+def test_how_to_begin(tmp_path):
+    version = CONFIG['DEFAULT']['version']
+    assert run('-m', 'exp', '--version', cwd=tmp_path).stdout == f'exp {version}\n'
+    command = Path(sys.executable).with_name('exp')
+    assert subprocess.run([command, '--version'], capture_output=True, text=True, cwd=tmp_path).stdout == f'exp {version}\n'
+    text = run('-m', 'exp', cwd=tmp_path).stdout
+    for name in re.findall(r'from (exp\.\w+) import', text): assert importlib.util.find_spec(name)
+    for name in re.findall(r'^    (exp\w*)', text, re.M): assert Path(sys.executable).with_name(name).exists(), name
+
 
 def test_embedded_files_are_the_official_ones():
     folder = ROOT/'exp/data/mnist'

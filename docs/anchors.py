@@ -1,0 +1,2 @@
+"The anchors that JupyterLab gives to titles."
+def slug(title): return title.replace(' ', '-')
