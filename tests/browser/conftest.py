@@ -1,10 +1,8 @@
 "Chromium, driven by Playwright. What needs it is skipped where it is not installed, and says so."
 import functools, http.server, shutil, threading
-from pathlib import Path
 import pytest
+from places import SITE
 
-ROOT = Path(__file__).parent.parent.parent
-SITE = ROOT/'_docs'
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 
 

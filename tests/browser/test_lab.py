@@ -1,8 +1,9 @@
 "JupyterLab as `make lab` starts it, in a browser, with the keyboard."
 import json, os, shutil, signal, socket, subprocess, sys, time, urllib.request
 import pytest
-from conftest import ROOT
+from places import ROOT
 
+pytestmark = pytest.mark.xdist_group('lab')  # one JupyterLab for all
 SETTINGS = {'@jupyterlab/notebook-extension/tracker.jupyterlab-settings': {'windowingMode': 'none'},
             '@jupyterlab/apputils-extension/notification.jupyterlab-settings': {'fetchNews': 'false', 'checkForUpdates': False, 'doNotDisturbMode': True}}
 SLOW = 300_000  # ms; a notebook takes up to a minute

@@ -1,7 +1,7 @@
 "The wheel in a clean environment: it trains and reads its data, and the first cell on Colab installs it, with a stand-in for Colab's shell."
 import os, shutil, subprocess, sys
 import pytest
-from conftest import ROOT
+from places import ROOT
 
 STAND_IN = '''
 import os

@@ -1,7 +1,7 @@
 "The site, as a reader meets it: every page whole, typeset, accessible and within a phone's width; search, dark mode, downloads."
 import json, sys
 import pytest
-from conftest import ROOT, SITE
+from places import ROOT, SITE
 
 sys.path.insert(0, str(ROOT/'tests'))
 from links import site as site_links
@@ -12,6 +12,7 @@ PAGES = sorted(str(p.relative_to(SITE)) for p in SITE.rglob('*.html') if '_stati
 WHOLE = '() => [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 80))'
 UNSAID = '() => [...document.querySelectorAll("article img")].filter(i => !(i.alt || "").trim()).length'
 MATHS = '() => [document.querySelectorAll("article .math").length, document.querySelectorAll("article mjx-container svg").length, document.querySelectorAll("mjx-merror, [data-mjx-error]").length]'
+TWICE = '() => { const ids = [...document.querySelectorAll("[id]")].filter(e => !e.closest("svg")).map(e => e.id); return ids.filter((id, i) => ids.indexOf(id) < i) }'
 WIDE = '''() => [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > 413 && getComputedStyle(e).position != "fixed"
     && !e.closest("pre, table, mjx-container, dialog, .bd-sidebar-primary, .bd-sidebar-secondary")).slice(0, 5).map(e => e.tagName + "." + e.className)'''
 
@@ -28,7 +29,7 @@ def test_page(name, visit, site):
     page.wait_for_function('() => document.readyState == "complete"')
     if page.query_selector('article .math'): page.wait_for_function('() => window.MathJax && MathJax.startup && MathJax.startup.promise')
     page.evaluate('() => window.MathJax && MathJax.startup && MathJax.startup.promise')
-    assert page.evaluate(WHOLE) == [] and page.evaluate(UNSAID) == 0
+    assert page.evaluate(WHOLE) == [] and page.evaluate(UNSAID) == 0 and page.evaluate(TWICE) == []
     formulas, typeset, wrong = page.evaluate(MATHS)
     assert typeset >= formulas and wrong == 0
     if name not in ('search.html', 'genindex.html'):
@@ -40,6 +41,20 @@ def test_page(name, visit, site):
     page.set_viewport_size(dict(width=412, height=900))
     assert page.evaluate('() => document.documentElement.scrollWidth') <= 412, page.evaluate(WIDE)
     assert visit.faults == []
+
+
+def test_the_reference_is_whole():
+    "Every exported name has an entry, and every notebook its changes."
+    import importlib
+    if not PAGES: pytest.skip('the site is not built: make browser')
+    changes = (SITE/'changes.html').read_text()
+    for p in NOTEBOOKS:
+        number = p.stem[:2]
+        text = (SITE/f'reference/nb_{number}.html').read_text()
+        for name, value in ((n, getattr(importlib.import_module(f'exp.nb_{number}'), n)) for n in importlib.import_module(f'exp.nb_{number}').__all__):
+            anchor = f'nb-{number}-{"class-" if isinstance(value, type) else ""}{name.lower()}'.replace('_', '-')
+            assert f'id="{anchor}"' in text and f'#{anchor}"' in changes, anchor
+    assert '#nb-11-learner-lr-find"' in changes and 'reference/nb_30.html' in changes
 
 
 def test_links():
