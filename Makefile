@@ -75,6 +75,8 @@ bench-peers: .venv-bench/.done  ## time other training libraries side by side wi
 	$(BENCH) tests/benchmarks/peers/run.py $(ARGS)
 
 # Stamps: an environment is made anew when its requirements change, and finished if it was interrupted.
+# `uv sync` takes out what `uv run` doesn't need; then the stamps are no longer true.
+$(shell test -x $(BIN)/nbdev_export || rm -f .venv/.dev .venv/.site)
 .venv/.run: $(META)
 	$(PYTHON) -m venv .venv
 	$(PIP) -e .
