@@ -103,7 +103,7 @@ def test_every_module_imports_alone(module, tmp_path):
 def test_a_folder_called_exp_hides_nothing(tmp_path):
     "A clone is one: from the folder that it lies in, the package must still be found."
     (tmp_path/'exp').mkdir()
-    run('-c', 'import exp.nb_01', cwd=tmp_path)
+    run('-c', 'import exp.nb_01; assert exp.__file__ and exp.__version__', cwd=tmp_path)
 
 
 def test_pyflakes():

@@ -1,9 +1,16 @@
 "Chromium, driven by Playwright. What needs it is skipped where it is not installed, and says so."
-import functools, http.server, shutil, threading
+import functools, http.server, os, shutil, threading
+from pathlib import Path
 import pytest
 from places import SITE
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get('BROWSER_TESTS'): return
+    for item in items:
+        if Path(__file__).parent in item.path.parents: item.add_marker(pytest.mark.skip(reason='takes minutes: make browser'))
 
 
 @pytest.fixture(scope='session')
