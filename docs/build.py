@@ -91,7 +91,7 @@ def write_pages():
     text, titles = landing(parts)
     pages = {
         'index': text,
-        'start': '# Getting started\n\n' + parts['Two commands'] + '\n## On Colab\n\n' + parts['On Colab'] + '\n## Licence\n\n' + parts['Licence'],
+        'start': '# Getting started\n\n' + parts['Two commands'] + '\n## Other ways in\n\n' + parts['Other ways in'] + '\n## On Colab\n\n' + parts['On Colab'] + '\n## Licence\n\n' + parts['Licence'],
         'modules': '# Using the modules\n\n' + parts['Using the modules'] + '\n## The key of short names\n\n' + parts['The key of short names'],
         'speed': '# How fast it is\n\n' + parts['How fast it is'],
         'contribute': '# Adding or changing a notebook\n\n' + parts['Adding or changing a notebook'],
