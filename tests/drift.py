@@ -36,6 +36,7 @@ def shown(cell):
     "(text, sizes of figures) of what a cell shows; tables and figures as their words."
     parts, sizes = [], []
     for o in cell['outputs']:
+        if o.get('name') == 'stderr': continue
         data = {k: ''.join(v) for k, v in o.get('data', {}).items() if isinstance(v, (str, list))}
         size = picture_size(data.get('text/markdown', ''))
         if size: sizes.append(size)

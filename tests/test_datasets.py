@@ -1,5 +1,5 @@
 "Datasets of every kind and what becomes of their items: indices as TensorDataset takes them, batches as torch's loader makes them."
-import copy, pickle
+import copy, inspect, pickle
 from collections import UserDict, namedtuple
 import numpy as np
 import pytest
@@ -173,6 +173,8 @@ ITEMS = [
 
 @pytest.mark.parametrize('items', ITEMS, ids=str)
 def test_collate_is_torchs_default(items):
+    try: default_collate(items)
+    except TypeError as e: pytest.skip(f'this torch and this numpy: {e}')
     assert same(collate(items), default_collate(items))
     assert isinstance(collate(items), type(default_collate(items)) if not isinstance(items[0], (tuple, list)) or hasattr(items[0], '_fields') else tuple)
 
@@ -357,7 +359,8 @@ def test_lengths_and_names_with_samplers():
 def test_options_change_no_order():
     ds = Dataset(torch.randn(N, 2), torch.arange(N))
     expected = [list(DataLoader(ds, 4, shuffle=True, seed=1)) for _ in range(1)][0]
-    for kwargs in (dict(in_order=True), dict(num_workers=2, prefetch_factor=4), dict(num_workers=1, worker_init_fn=print_nothing),
+    newer = [dict(in_order=True)] if 'in_order' in inspect.signature(torch.utils.data.DataLoader).parameters else []
+    for kwargs in (*newer, dict(num_workers=2, prefetch_factor=4), dict(num_workers=1, worker_init_fn=print_nothing),
                    dict(num_workers=1, multiprocessing_context='fork'), dict(num_workers=2, timeout=60), dict(num_workers=2, persistent_workers=True)):
         assert all_same(DataLoader(ds, 4, shuffle=True, seed=1, **kwargs), expected) == 3
 
