@@ -35,9 +35,7 @@ def sections():
     return found
 
 
-def toctree(entries, caption='', hidden=True):
-    lines = ['```{toctree}', *([':hidden:'] if hidden else []), ':maxdepth: 1', *([f':caption: {caption}'] if caption else []), '']
-    return '\n'.join([*lines, *entries, '```', ''])
+def toctree(entries, caption): return '\n'.join(['```{toctree}', ':hidden:', ':maxdepth: 1', f':caption: {caption}', '', *entries, '```', ''])
 
 
 def landing(parts):
@@ -51,7 +49,7 @@ def landing(parts):
     group, groups = None, {}
     for line in the_map.splitlines():
         if m := re.match(r'\| \*\*(.+?)\*\*', line): group = groups.setdefault(m[1], [])
-        if m := re.match(r'\| \[((\d\d)_\w+)\]', line): group.append(m[1])
+        if m := re.match(r'\| \[(\d\d_\w+)\]', line): group.append(m[1])
     titles = {p.stem: source(json.loads(p.read_text(encoding='utf-8'))['cells'][0]).splitlines()[0].removeprefix('# ') for p in NOTEBOOKS}
     assert sorted(sum(groups.values(), [])) == [p.stem for p in NOTEBOOKS], 'a notebook is missing on the map'
     out += [toctree(['start', 'modules', 'coming_from', 'speed'], 'Begin')]

@@ -31,7 +31,7 @@ def patches(tree):
 
 def cells_of(text):
     "The id of the notebook cell in which each top-level name of a module is defined."
-    found, cell, tree = {}, '', ast.parse(text)
+    found, tree = {}, ast.parse(text)
     marks = [(n, m[1]) for n, line in enumerate(text.splitlines(), 1) if (m := re.match(r'# %% .*\.ipynb #(\S+)', line))]
     for node in tree.body:
         names = [getattr(node, 'name', None)]
@@ -82,9 +82,8 @@ def call(value, name):
     try: sig = inspect.signature(func)
     except (TypeError, ValueError): return name
     if isinstance(value, property): return name
-    params = [re.sub(r"'?exp\.nb_\d+\.|<function (\w+) at 0x\w+>|<class '(?:\w+\.)*(\w+)'>|functools\.", r'\1\2', str(p))
+    params = [re.sub(r"<function (\w+) at 0x\w+>|<class '(?:\w+\.)*(\w+)'>|exp\.nb_\d+\.|functools\.| at 0x[0-9a-f]+", r'\1\2', str(p))
               for k, p in sig.parameters.items() if k not in ('self', 'cls')]
-    params = [re.sub(r' at 0x[0-9a-f]+', '', p) for p in params]
     line = f'{name}({", ".join(params)})'
     return line if len(line) <= 88 else f'{name}(\n    ' + ',\n    '.join(params) + ')'
 
@@ -155,9 +154,8 @@ def page(path, names, title):
     out = [f'# exp.nb_{number}: {title}\n', f'Built in [{path.stem}](../{path.stem}.ipynb).\n', *changed(path, names)]
     for n in names:
         out += [f'({n.anchor})=', *entry(n.name, n.value, 2)]
-        links = [f'[where it is built](../{path.stem}.ipynb#built-{n.anchor})' if n.cell else '']
-        if n.used: links.append('used in ' + ', '.join(f'[{s}](../{s}.ipynb)' for s in n.used))
-        out.append('; '.join(filter(None, links)).capitalize()[:1] + '; '.join(filter(None, links))[1:] + '\n')
+        used = '; used in ' + ', '.join(f'[{s}](../{s}.ipynb)' for s in n.used) if n.used else ''
+        out.append(f'[Where it is built](../{path.stem}.ipynb#built-{n.anchor}){used}\n')
         if inspect.isclass(n.value):
             for k, v in vars(n.value).items():
                 if is_method(k, v) and getattr(getattr(v, '__func__', v.fget if isinstance(v, property) else v), '__module__', '') == f'exp.nb_{number}':

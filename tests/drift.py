@@ -5,7 +5,7 @@ numbers must lie within a band: 1e-4 of their size, or what `tests/drift.json` g
 `python tests/drift.py --measure OTHER nbs/*.ipynb` runs with another interpreter (another torch, another number of threads),
 and widens the bands to three times the differences. Figures are compared by their presence, their size and their description.
 """
-import argparse, base64, json, math, os, re, struct, subprocess, sys, tempfile
+import argparse, base64, json, math, re, struct, subprocess, sys, tempfile
 from pathlib import Path
 
 BANDS = Path(__file__).with_suffix('.json')
@@ -84,7 +84,7 @@ def faults(old, new, bands):
     return [f'number {i} is {new_numbers[int(i)]} instead of {numbers[int(i)]}, more than {bands.get(i, 1e-4):.2g} of it' for i in off], off
 
 
-def rerun(path, python=sys.executable, env=None):
+def rerun(path, python):
     "The cells of a notebook, run again without the slow ones."
     notebook = json.loads(path.read_text(encoding='utf-8'))
     for cell in notebook['cells']:
@@ -94,12 +94,12 @@ def rerun(path, python=sys.executable, env=None):
     with tempfile.TemporaryDirectory() as folder:
         copy, out = Path(folder)/path.name, Path(folder)/'out.ipynb'
         copy.write_text(json.dumps(notebook), encoding='utf-8')
-        result = subprocess.run([python, '-c', RUN, copy, out, path.parent], env=os.environ | (env or {}), capture_output=True, text=True)
+        result = subprocess.run([python, '-c', RUN, copy, out, path.parent], capture_output=True, text=True)
         if result.returncode: raise RuntimeError(f'{path.name} fails:\n{result.stderr[-3000:]}')
         return json.loads(out.read_text(encoding='utf-8'))['cells']
 
 
-def check(path, python=sys.executable, measure=False):
+def check(path, python, measure):
     "The number of faults of a notebook, printed; with `measure`, its bands are widened instead."
     bands = json.loads(BANDS.read_text()) if BANDS.exists() else {}
     mine, count = bands.get(path.stem, {}), 0
