@@ -80,7 +80,7 @@ def test_dark(visit, site):
     color = lambda: visit.page.evaluate('() => getComputedStyle(document.body).backgroundColor')
     before = color()
     visit.page.locator('button.theme-switch-button:visible').first.click()
-    visit.page.locator('[data-mode="dark"]:visible, button:visible:has-text("Dark")').last.click()
+    visit.page.locator('button.theme-change-button[data-mode="dark"]:visible').first.click()
     visit.page.wait_for_function('() => document.documentElement.dataset.theme == "dark"')
     visit.page.wait_for_timeout(500)  # colours fade
     after = color()
