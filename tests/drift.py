@@ -12,15 +12,6 @@ BANDS = Path(__file__).with_suffix('.json')
 LEFT_OUT = re.compile(r'^\s*#\|\s*(slow|notest)\b', re.M)
 TIME = re.compile(r'[-+−]?\d[\d.,]*(?:e[-+]?\d+)?\s*(?:ns|µs|us|ms|s|min|seconds)\b')
 NUMBER = re.compile(r'(?<![\w.])[-+−]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?(?![\w])|\b(?:nan|inf)\b')
-RUN = '''
-import sys, nbformat
-from pathlib import Path
-from nbclient import NotebookClient
-path, out, folder = map(Path, sys.argv[1:])
-nb = nbformat.read(path, as_version=4)
-NotebookClient(nb, timeout=1200, kernel_name='python3', coalesce_streams=True, record_timing=False, resources={'metadata': {'path': str(folder)}}).execute()
-nbformat.write(nb, out)
-'''
 
 
 def source(cell): return ''.join(cell['source'])
@@ -92,11 +83,11 @@ def rerun(path, python):
             if LEFT_OUT.search(source(cell)): cell['source'] = ''
             cell['outputs'] = []
     with tempfile.TemporaryDirectory() as folder:
-        copy, out = Path(folder)/path.name, Path(folder)/'out.ipynb'
+        copy = Path(folder)/path.name
         copy.write_text(json.dumps(notebook), encoding='utf-8')
-        result = subprocess.run([python, '-c', RUN, copy, out, path.parent], capture_output=True, text=True)
+        result = subprocess.run([python, BANDS.with_name('execute.py'), copy], capture_output=True, text=True)
         if result.returncode: raise RuntimeError(f'{path.name} fails:\n{result.stderr[-3000:]}')
-        return json.loads(out.read_text(encoding='utf-8'))['cells']
+        return json.loads(copy.read_text(encoding='utf-8'))['cells']
 
 
 def check(path, python, measure):
