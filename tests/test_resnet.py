@@ -229,10 +229,11 @@ def test_its_file_is_safetensors_and_fits_no_other_network(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
-def test_a_run_on_a_gpu():
+@pytest.mark.parametrize('change', [None, lambda model, x: model.compile(mode='reduce-overhead')], ids=['as it is', 'CUDA graph'])
+def test_a_run_on_a_gpu(change):
     data = get_data()
     images, answers, valid, valid_answers = [t.cuda() for t in data]
-    model, seconds = speed_run(RECIPES[99], images, answers)
+    model, seconds = speed_run(replace(RECIPES[99], change=change), images, answers)
     with torch.no_grad(): assert (model(valid).argmax(1) == valid_answers).float().mean() > 0.98
 
 
