@@ -11,4 +11,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in t
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed(): set_seed(42)
+def fixed_seed():
+    set_seed(42)
+    torch.set_flush_denormal(False)  # what torch 2.4 compiles turns it on, for the process that loads it

@@ -25,6 +25,16 @@ class Exercise:
     wrong: list = field(default_factory=list)  # pairs (code, what the judge says)
 
 
+NUMBER = re.compile(r'-?\d+(?:\.\d+)?(?:e[-+]\d+)?')
+
+
+def as_pinned():
+    "Whether this torch is the one that wrote the verdicts."
+    import torch
+    pinned = re.search(r'^torch==(.+)$', (Path(__file__).parent.parent/'constraints.txt').read_text(), re.M)[1]
+    return torch.__version__.partition('+')[0] == pinned
+
+
 def source(cell): return ''.join(cell['source'])
 
 
@@ -103,6 +113,7 @@ def faults(cells, folder):
         if not e.solution or not e.wrong: found.append(f'{name}: no solution, or no wrong answer')
     if found: return found
     for what, said, expected in verdicts(cells, folder):
+        if not as_pinned(): said, expected = NUMBER.sub('#', said), NUMBER.sub('#', expected)  # other random numbers
         if not said.strip().startswith(expected) or said.count('\n') != 1: found.append(f'{what}: {said!r} instead of {expected!r}')
     return found
 

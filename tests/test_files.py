@@ -849,7 +849,7 @@ class Renamed(nn.Module):
     def __init__(self):
         super().__init__()
         self.new = nn.Linear(4, 3)
-        self.register_load_state_dict_pre_hook(self.rename)
+        self._register_load_state_dict_pre_hook(self.rename, with_module=True)  # without an underscore from torch 2.5 on
     @staticmethod
     def rename(module, state, prefix, *args):
         if f'{prefix}old' in state: state[f'{prefix}new.weight'] = state.pop(f'{prefix}old').reshape(3, 4)
