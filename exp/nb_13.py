@@ -7,7 +7,8 @@ __all__ = ['FORMAT', 'atomic_write', 'CheckpointError', 'last_checkpoint', 'read
            'load_checkpoint', 'save_weights', 'load_weights', 'Monitor', 'Checkpoint', 'SaveBest', 'EarlyStopping']
 
 # %% ../nbs/13_checkpoints.ipynb #130004
-import base64, codecs, copy, errno, glob, hashlib, io, json, math, numbers, os, pickle, platform, re, secrets, signal
+import base64, codecs, copy, errno, glob, hashlib, io, json, math, numbers, os, pickle, platform
+import re, secrets, signal
 import socket, threading, time, warnings, weakref
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
@@ -171,7 +172,7 @@ def _unpickled(data): return torch.load(io.BytesIO(data), map_location='cpu', we
 
 # %% ../nbs/13_checkpoints.ipynb #130118
 _PLAIN = {int, float, bool, str, bytes, type(None), Tensor, nn.Parameter}
-torch.serialization.add_safe_globals([codecs.encode])  # bytes are written as a call of it; newer torches know that
+torch.serialization.add_safe_globals([codecs.encode])  # written where bytes are; torch 2.4 lacks it
 
 def _readable(value, path, where=''):
     """A nest as a file without programs can hold it: numbers of Python's instead of numpy's, plain dicts.
