@@ -1,9 +1,11 @@
 """The exercises of a notebook: what they are, whether they can be failed and passed, and the notebooks without solutions.
 
 `python tests/exercises.py student nbs student` writes the notebooks for a class; `... verdicts nbs/NN.ipynb` writes what the
-judge says of each wrong answer into the solutions.
+judge says of each wrong answer into the solutions; `... unneeded nbs/NN.ipynb` looks for long cells that no exercise misses, and
+puts them into exercises.json, so that the tests leave them out.
 """
-import json, re, sys
+import json, re, sys, time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,13 +85,16 @@ class Kernel:
         return ''.join(''.join(o.get('text', '')) for o in outputs if o.get('output_type') == 'stream' and o.get('name') == 'stdout')
 
 
-def verdicts(cells, folder):
-    "(what was run, what the judge said, what was expected) for stub, solution and wrong answers, each after all cells above."
+def verdicts(cells, folder, without=()):
+    "(what was run, what the judge said, what was expected) for stub, solution and wrong answers, each after all cells above but some."
     kernel, done = Kernel(folder), 0
     try:
         for e in read(cells):
             for cell in cells[done:e.place]:
-                if cell['cell_type'] == 'code': kernel.run(source(cell))
+                if cell['cell_type'] != 'code' or cell['id'] in without: continue
+                try: kernel.run(source(cell))
+                except Exception:
+                    if not without: raise  # otherwise it may have needed one of those
             done = e.place + len(e.cells)
             *before, check = e.cells
             name = f'{e.number}. {e.title}'
@@ -103,8 +108,8 @@ def verdicts(cells, folder):
     finally: kernel.close()
 
 
-def faults(cells, folder):
-    "What is wrong with the exercises of a notebook, as text."
+def faults(cells, folder, without=()):
+    "What is wrong with the exercises of a notebook, as text; `without` some cells, by id."
     found, exercises = [], read(cells)
     for e in exercises:
         name = f'{e.number}. {e.title}'
@@ -112,10 +117,28 @@ def faults(cells, folder):
         elif 'judge(' not in e.cells[-1]: found.append(f'{name}: nobody judges')
         if not e.solution or not e.wrong: found.append(f'{name}: no solution, or no wrong answer')
     if found: return found
-    for what, said, expected in verdicts(cells, folder):
+    for what, said, expected in verdicts(cells, folder, without):
         if not as_pinned(): said, expected = NUMBER.sub('#', said), NUMBER.sub('#', expected)  # other random numbers
         if not said.strip().startswith(expected) or said.count('\n') != 1: found.append(f'{what}: {said!r} instead of {expected!r}')
     return found
+
+
+def unneeded(path):
+    "The ids of the cells that take longest and that no exercise misses."
+    cells, times, found = json.loads(path.read_text())['cells'], {}, []
+    kernel = Kernel(path.parent)
+    try:
+        for cell in cells[:max(e.place for e in read(cells))]:
+            if cell['cell_type'] != 'code': continue
+            start = time.perf_counter()
+            with suppress(NotImplementedError): kernel.run(source(cell))
+            times[cell['id']] = time.perf_counter() - start
+    finally: kernel.close()
+    for id in sorted(times, key=times.get, reverse=True):
+        if times[id] < 0.6: break
+        with suppress(Exception):
+            if not faults(cells, path.parent, [*found, id]): found.append(id)
+    return sorted(found)
 
 
 def student(notebook):
@@ -144,6 +167,11 @@ if __name__ == '__main__':
     command, *args = sys.argv[1:]
     if command == 'verdicts':
         for path in map(Path, args): write_verdicts(path)
+    elif command == 'unneeded':
+        file = Path(__file__).with_suffix('.json')
+        known = json.loads(file.read_text())
+        for path in map(Path, args): known[path.stem] = unneeded(path)
+        file.write_text(json.dumps(dict(sorted(known.items())), indent=1) + '\n')
     elif command == 'student':
         folder, out = map(Path, args)
         out.mkdir(exist_ok=True)
