@@ -135,8 +135,7 @@ class Learner(_Batch):
     running, depth = (), 0    # the callbacks that take part now, and how many fits and passes are open
     fitting = failed = False  # whether this is a pass of a fit, and whether an error has ended a phase of it
     training = iter = n_iter = epoch = n_epochs = max_batches = None  # where a fit is, and when it ends
-    team = None  # the processes that train together, if there are several: see 31
-    opt = _made = _told = None  # the optimizer, what it was made of, what was said about missing parameters
+    opt = _made = _told = team = None  # the optimizer, what it was made of, what it misses; of 31
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -842,7 +842,8 @@ class SaveBest(Monitor):
         self.looking = True
 
     def after_epoch(self, learn):
-        if self.improved(learn) and not (learn.team and learn.team.rank): _write_weights(_parts(learn), self.path)
+        first = not learn.team or learn.team.rank == 0  # of several processes
+        if self.improved(learn) and first: _write_weights(_parts(learn), self.path)
 
     def cleanup_fit(self, learn):
         looking, self.looking = self.looking, False

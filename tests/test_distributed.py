@@ -196,7 +196,7 @@ class Unlike(nn.Module):
     def forward(self, x): return self.always(x) + (self.first(x) if dist.get_rank() == 0 and self.training else 0)
 
 def unlike(rank):
-    learn, never = new_learner(AdamW, model=Unlike), []
+    learn = new_learner(AdamW, model=Unlike)
     before = copy.deepcopy(learn.model.state_dict())
     learn.fit(1, cbs=Distributed())
     return weights(learn), [k for k, v in learn.model.state_dict().items() if v.equal(before[k])]
@@ -388,7 +388,7 @@ def test_other_numbers_of_ranks(tmp_path):
 # Parts of the weights
 
 def sharded(rank, folder=None, load=False, strategy='fsdp', epochs=2, cbs=lambda: [], rows=640, drop_last=True, opt_func=torch.optim.AdamW):
-    learn = new_learner(opt_func, rows=rows, drop_last=drop_last)
+    learn = new_learner(opt_func, rows=rows, drop_last=drop_last, valid=135)
     if load == 'plain': load_sharded(learn, folder)
     else:
         learn.fit(1, cbs=Distributed(strategy))
