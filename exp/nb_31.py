@@ -178,7 +178,8 @@ class Distributed(Callback):
         if self.strategy == 'fsdp': _shard(learn)
 
     def cleanup_fit(self, learn):
-        if self.before: learn.dls, learn.progress = self.before
+        if not self.before or learn.depth > 1: return  # within another fit it was refused
+        learn.dls, learn.progress = self.before
         self.before = learn.team = None
 
 # %% ../nbs/31_distributed.ipynb #310108

@@ -250,6 +250,17 @@ def dist_rank(): return int(os.environ['RANK'])
 def test_refused(change, words, options, tmp_path): ranks(partial(refused, change=change, words=words, **options), 2, tmp_path/'a')
 
 
+class Within(Callback):
+    "Tries a fit within the fit."
+    def after_epoch(self, learn):
+        with pytest.raises(ValueError, match='no fit within a fit'): learn.fit(1, cbs=[cb for cb in learn.running if isinstance(cb, Distributed)])
+
+def test_no_fit_within_a_fit(tmp_path):
+    "It is refused, and the one around it goes on with its parts."
+    plain, found = (ranks(partial(trained, cbs=cbs), 2, tmp_path/name) for name, cbs in (('a', lambda: []), ('b', lambda: [Within()])))
+    assert found[0]['weights'].equal(plain[0]['weights']) and found[0]['results'] == plain[0]['results']
+
+
 def test_alone():
     with pytest.raises(ValueError, match='expected to be started by torchrun, found no RANK'): Distributed()
     with pytest.raises(ValueError, match="expected 'ddp' or 'fsdp', got 'dp'"): Distributed('dp')
