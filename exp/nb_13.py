@@ -807,8 +807,9 @@ def _give_state(cb, state):
 def _part_of(state, learn):
     "What one of several processes has of its own: random states, callbacks' states, buffers."
     names = {name for name, _ in _inner(learn.model).named_buffers()}
-    return dict(random=state['random'], begun=state['fit']['random'], now=state['fit']['now'], cbs=state['cbs'],
-                buffers={name: v for name, v in state['model'].items() if name in names})
+    buffers, where = {name: v for name, v in state['model'].items() if name in names}, state['fit']
+    return dict(random=state['random'], begun=where['random'], now=where['now'], cbs=state['cbs'],
+                buffers=buffers)
 
 def _of_rank(state, team, path):
     "A checkpoint as one of several processes sees it; raises `CheckpointError` for another number of them."
