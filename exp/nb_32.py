@@ -24,7 +24,7 @@ from .nb_14 import load_run, read_settings
 from .nb_20 import SimpleCNN
 from .nb_23 import Crop, FastCNN, Unshuffle, load_pretrained
 
-# %% ../nbs/32_deployment.ipynb #320263
+# %% ../nbs/32_deployment.ipynb #320025
 @contextmanager
 def _quiet():
     "Without what exporters print and log."
@@ -35,7 +35,7 @@ def _quiet():
              warnings.catch_warnings(action='ignore'): yield
     finally: logging.disable(before)
 
-# %% ../nbs/32_deployment.ipynb #320282
+# %% ../nbs/32_deployment.ipynb #320044
 def _shapes(args):
     "That the first dimension of each input is free, and the same for all."
     rows = torch.export.Dim('batch', min=1)
@@ -48,7 +48,7 @@ def _to_pt2(model, args):
 
 def _from_pt2(data): return torch.export.load(io.BytesIO(data)).module()
 
-# %% ../nbs/32_deployment.ipynb #320284
+# %% ../nbs/32_deployment.ipynb #320046
 _EXTRA = 'onnx', 'onnxscript', 'onnxruntime'
 
 def _need_extra():
@@ -75,7 +75,7 @@ def _from_onnx(data):
         return torch.from_numpy(session.run(None, fed)[0])
     return run
 
-# %% ../nbs/32_deployment.ipynb #320286
+# %% ../nbs/32_deployment.ipynb #320048
 _FORMS = {}  # suffix -> function (model, inputs) -> bytes, function (bytes) -> function of inputs, tolerance
 _FORMS['.pt2'] = _to_pt2, _from_pt2, 1e-5
 _FORMS['.onnx'] = _to_onnx, _from_onnx, 1e-5
@@ -85,7 +85,7 @@ def _form(path):
     if path.suffix in _FORMS: return _FORMS[path.suffix]
     raise ValueError(f'expected a name that ends with {", ".join(_FORMS)}, got {path.name!r}')
 
-# %% ../nbs/32_deployment.ipynb #320287
+# %% ../nbs/32_deployment.ipynb #320049
 def _compare(run, model, args, path, tolerance):
     "Raise `ValueError` unless a program gives the scores of its model, for one row, two and all."
     for n in sorted({1, 2, len(args[0])}):
@@ -98,7 +98,7 @@ def _compare(run, model, args, path, tolerance):
             raise ValueError(f'{path.name}: expected the scores of the model, got some off by {off:.3g} for '
                              f'{n} rows, where the largest is {most:.3g}; nothing was written')
 
-# %% ../nbs/32_deployment.ipynb #320289
+# %% ../nbs/32_deployment.ipynb #320051
 def _reason(error):
     "One line on why a model can't be exported."
     text = str(error)
@@ -106,6 +106,8 @@ def _reason(error):
     if fixed := re.search(r'specialized it to be a constant \(\d+\)', text):
         text = f'its number of rows is not free, for its code {fixed[0]} (by len(), an if or the like)'
     return text.strip().split('\n')[0] or type(error).__name__
+
+def _in_words(inputs): return ', '.join(str(tuple(getattr(x, 'shape', ()))) for x in inputs) or 'nothing'
 
 def _inputs(example):
     "The example as a tuple of tensors of at least two rows, that share no memory with others."
@@ -117,7 +119,7 @@ def _inputs(example):
     args = [x.detach().cpu() for x in args]
     return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in args)
 
-# %% ../nbs/32_deployment.ipynb #320290
+# %% ../nbs/32_deployment.ipynb #320052
 def export_model(learn, # a Learner or a model; is afterwards as it was before
                  path, # file to write: .pt2 for PyTorch, .onnx for others, .html for a page to draw on
                  example, # inputs to compare with, (n, ...), or a tuple of such for several inputs
@@ -131,6 +133,11 @@ def export_model(learn, # a Learner or a model; is afterwards as it was before
     if not isinstance(model, nn.Module): raise TypeError(f'expected a Learner or a model, got {brief(learn)}')
     args, model = _inputs(example), copy.deepcopy(model).cpu().eval().requires_grad_(False)
     try:
+        with torch.no_grad(): model(*args)
+    except Exception as error:
+        raise ValueError(f'expected an example that {type(model).__name__} takes, got {_in_words(args)}: '
+                         f'{_reason(error)}') from error
+    try:
         with _quiet():
             data = write(model, tuple(x[:2].clone() for x in args))
             run = read(data)
@@ -142,7 +149,7 @@ def export_model(learn, # a Learner or a model; is afterwards as it was before
     with atomic_write(path) as file: file.write(data)
     return path
 
-# %% ../nbs/32_deployment.ipynb #320291
+# %% ../nbs/32_deployment.ipynb #320053
 def load_exported(path, # file that `export_model` has written; only one that you trust
                  ): # function (inputs) -> scores, both Tensors on the CPU
     "An exported program, to be called. Raises `ValueError` for a damaged file."
@@ -158,12 +165,11 @@ def load_exported(path, # file that `export_model` has written; only one that yo
         try:
             with torch.no_grad(): return run(*inputs)
         except Exception as error:
-            shapes = ', '.join(str(tuple(getattr(x, 'shape', ()))) for x in inputs)
-            raise ValueError(f'{path.name}: expected inputs as in the export, got {shapes}: '
+            raise ValueError(f'{path.name}: expected inputs as in the export, got {_in_words(inputs)}: '
                              f'{_reason(error)}') from error
     return scores
 
-# %% ../nbs/32_deployment.ipynb #320302
+# %% ../nbs/32_deployment.ipynb #320064
 def quantize(w:Tensor, # (rows, ...) weights
              bits:int=8, # of each whole number, 2 to 8
             ) -> tuple: # whole numbers in the shape of w, int8; scales (rows,)
@@ -181,7 +187,7 @@ def dequantize(q:Tensor, # whole numbers of `quantize`
 
 def _by_row(scale, w): return scale.view(-1, *[1]*(w.ndim - 1))
 
-# %% ../nbs/32_deployment.ipynb #320316
+# %% ../nbs/32_deployment.ipynb #320078
 def _chain(model):
     "The layers of a network in order; a network that is no chain counts as one layer."
     if isinstance(model, nn.Sequential): return [layer for m in model for layer in _chain(m)]
@@ -195,7 +201,7 @@ def _as_usual(layer, usual):
     if repr(layer) != repr(usual):
         raise ValueError(f'a page can have {usual}, and not {layer}')
 
-# %% ../nbs/32_deployment.ipynb #320319
+# %% ../nbs/32_deployment.ipynb #320081
 def _conv(m):
     n, stride, padding = m.kernel_size[0], m.stride[0], m.padding[0]
     _as_usual(m, nn.Conv2d(m.in_channels, m.out_channels, n, stride, padding, bias=m.bias is not None))
@@ -218,7 +224,7 @@ _ENTRIES = {  # class of a layer -> function (layer) -> its entry, its weights a
     Crop: lambda m: (dict(op='crop', border=m.border), None, None),
     Unshuffle: lambda m: (dict(op='unshuffle'), None, None)}
 
-# %% ../nbs/32_deployment.ipynb #320320
+# %% ../nbs/32_deployment.ipynb #320082
 def _entry(layer):
     if type(layer) not in _ENTRIES:
         known = ', '.join(kind.__name__ for kind in _ENTRIES)
@@ -240,7 +246,7 @@ def _network(model):
     whole, others = _base64(torch.cat(whole), 'i1'), _base64(torch.cat(others), '<f4')
     return dict(layers=layers, whole=whole, others=others)
 
-# %% ../nbs/32_deployment.ipynb #320323
+# %% ../nbs/32_deployment.ipynb #320085
 _OPS = {  # name of an entry -> function (inputs, entry, weights, bias)
     'crop': lambda z, l, w, b: Crop(l['border'])(z), 'unshuffle': lambda z, l, w, b: Unshuffle()(z),
     'relu': lambda z, l, w, b: z.relu(), 'pool': lambda z, l, w, b: F.max_pool2d(z, l['size']),
@@ -268,7 +274,7 @@ def _from_html(data):
         return z
     return run
 
-# %% ../nbs/32_deployment.ipynb #320325
+# %% ../nbs/32_deployment.ipynb #320087
 _NETWORK = '''
 const network = JSON.parse(document.getElementById('network').textContent);
 function numbers(text, Kind) {  // base64 to an array of numbers
@@ -286,7 +292,7 @@ for (const l of network.layers.filter(l => l.rows)) {
 }
 '''
 
-# %% ../nbs/32_deployment.ipynb #320327
+# %% ../nbs/32_deployment.ipynb #320089
 _LAYERS = '''
 function make(c, h, w, value) {  // c planes of h x w numbers
   const d = new Float32Array(c*h*w);
@@ -295,7 +301,7 @@ function make(c, h, w, value) {  // c planes of h x w numbers
   return {d, c, h, w};
 }
 function at(z, p, y, x) { return z.d[(p*z.h + y)*z.w + x]; }
-function window(z, l, p, y, x, b) {  // one number of a convolution
+function convolve(z, l, p, y, x, b) {  // one number of a convolution
   const top = y*l.stride - l.padding, left = x*l.stride - l.padding, n = l.size;
   for (let q = 0, k = p*l.columns; q < z.c; q++) for (let i = top; i < top + n; i++)
     for (let j = left; j < left + n; j++, k++)
@@ -309,7 +315,7 @@ function largest(z, n, p, y, x) {
 }
 '''
 
-# %% ../nbs/32_deployment.ipynb #320329
+# %% ../nbs/32_deployment.ipynb #320091
 _PREDICT = '''
 const out = (n, l) => Math.floor((n + 2*l.padding - l.size)/l.stride) + 1;
 const sum = (row, d) => row.reduce((s, w, i) => s + w*d[i], 0);
@@ -317,7 +323,7 @@ const layers = {
   crop: (z, l) => make(z.c, z.h - 2*l.border, z.w - 2*l.border,
                        (p, y, x) => at(z, p, y + l.border, x + l.border)),
   unshuffle: z => make(4*z.c, z.h/2, z.w/2, (p, y, x) => at(z, p >> 2, 2*y + (p >> 1 & 1), 2*x + (p & 1))),
-  conv: (z, l) => make(l.rows, out(z.h, l), out(z.w, l), (p, y, x) => window(z, l, p, y, x, l.b[p])),
+  conv: (z, l) => make(l.rows, out(z.h, l), out(z.w, l), (p, y, x) => convolve(z, l, p, y, x, l.b[p])),
   scale: (z, l) => make(z.c, z.h, z.w, (p, y, x) => l.w[p]*at(z, p, y, x) + l.b[p]),
   pool: (z, l) => make(z.c, Math.floor(z.h/l.size), Math.floor(z.w/l.size),
                        (p, y, x) => largest(z, l.size, p, y, x)),
@@ -332,7 +338,7 @@ function predict(pixels) {  // 784 numbers from 0 to 1, gives the scores
 }
 '''
 
-# %% ../nbs/32_deployment.ipynb #320331
+# %% ../nbs/32_deployment.ipynb #320093
 _SEE = '''
 function see(ink, side) {  // side x side numbers from 0 to 1, gives 28 x 28 as MNIST has them
   let left = side, right = -1, top = side, bottom = -1, total = 0, cx = 0, cy = 0;
@@ -359,7 +365,7 @@ function see(ink, side) {  // side x side numbers from 0 to 1, gives 28 x 28 as 
 }
 '''
 
-# %% ../nbs/32_deployment.ipynb #320333
+# %% ../nbs/32_deployment.ipynb #320095
 _DRAW = '''
 const board = document.getElementById('board'), seen = document.getElementById('seen');
 const said = document.getElementById('said'), rows = document.getElementById('rows');
@@ -385,7 +391,7 @@ function show() {
 }
 '''
 
-# %% ../nbs/32_deployment.ipynb #320335
+# %% ../nbs/32_deployment.ipynb #320097
 _HAND = '''
 function soon() { if (!waiting) requestAnimationFrame(show); waiting = true; }
 function place(e) {  // of the pointer, in the board's own pixels
@@ -412,13 +418,11 @@ for (const k of predict(new Float32Array(784)).keys())
 show();
 '''
 
-# %% ../nbs/32_deployment.ipynb #320336
+# %% ../nbs/32_deployment.ipynb #320098
 _PAGE = '''<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
+<html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Draw a digit</title>
-<link rel="icon" href="data:,">
+<title>Draw a digit</title><link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; font: 1rem/1.4 system-ui, sans-serif; }
 main { max-width: 42rem; margin: auto; padding: 0 .5rem; }
@@ -429,15 +433,17 @@ canvas { background: #000; border-radius: 6px; display: block; }
 table { border-spacing: .3rem .1rem; width: min(18rem, 88vw); }
 td { width: 85%; } td:last-child { min-width: 3.4rem; text-align: right; }
 i { display: block; height: 1.1rem; width: 0; background: #0072b2; }
-button { font: inherit; padding: .3rem 1.2rem; } figure { margin: 0; }
+button { font: inherit; padding: .3rem 1.2rem; } figure { margin: 1rem 0; } #said { font-size: 1.4rem; }
 </style>
 <main><h1>Draw a digit</h1>
 <p id="said" aria-live="polite"></p>
-<div>
+<div><section>
 <canvas id="board" width="280" height="280" role="img" aria-label="The square to draw in"></canvas>
+<p><button id="clear">Clear</button></p>
+</section>
 <table><caption>How sure the network is</caption><tbody id="rows"></tbody></table>
 </div>
-<p><button id="clear">Clear</button></p><figure><figcaption>What the network sees:</figcaption>
+<figure><figcaption>What the network sees:</figcaption>
 <canvas id="seen" width="28" height="28" role="img" aria-label="The drawing, centred"></canvas></figure>
 <p>NAME, with WEIGHTS weights. All of it runs in this page; no drawing leaves it.</p>
 </main>
@@ -446,11 +452,10 @@ button { font: inherit; padding: .3rem 1.2rem; } figure { margin: 0; }
 </html>
 '''
 
-# %% ../nbs/32_deployment.ipynb #320338
+# %% ../nbs/32_deployment.ipynb #320100
 def _to_html(model, args):
     if len(args) > 1 or args[0][0].numel() != 784:
-        shapes = ', '.join(str(tuple(x.shape)) for x in args)
-        raise ValueError(f'a page takes images of 28 x 28, and no {shapes}')
+        raise ValueError(f'a page takes images of 28 x 28, and no {_in_words(args)}')
     network, n = _network(model), sum(p.numel() for p in model.parameters())
     parts = dict(NAME=type(model).__name__, WEIGHTS=f'{n:,}', DATA=json.dumps(network, separators=(',', ':')),
                  SCRIPT=_NETWORK + _LAYERS + _PREDICT + _SEE + _DRAW + _HAND)
@@ -458,7 +463,7 @@ def _to_html(model, args):
 
 _FORMS['.html'] = _to_html, _from_html, 0.1
 
-# %% ../nbs/32_deployment.ipynb #320341
+# %% ../nbs/32_deployment.ipynb #320103
 class _OnePage(http.server.BaseHTTPRequestHandler):
     "Answers with `page`, whatever is asked."
     page = b''
@@ -479,7 +484,7 @@ def _server(page, port):
         why = 'which is in use' if taken else getattr(e, 'strerror', None) or 'which is none'
         raise OSError(f'expected a free port, got {port}, {why}; 0 takes any that is free') from None
 
-# %% ../nbs/32_deployment.ipynb #320342
+# %% ../nbs/32_deployment.ipynb #320104
 def exp_draw(run:str=None, # of `exp_train`, its folder or its name in `out`; None: the network of `nb_23`
              out:str='runs', # where the folders of runs are
              file:str=None, # the page to write; None: draw.html in the folder of the run, or here
@@ -510,7 +515,7 @@ def _of_run(run, out):
     if dataset != 'mnist': raise ValueError(f'{folder}: expected a run that has learned mnist, got {dataset}')
     return learn.model, folder
 
-# %% ../nbs/32_deployment.ipynb #320343
+# %% ../nbs/32_deployment.ipynb #320105
 def _exp_draw_command(argv=None):
     "`exp_draw` for the shell; `argv` instead of the command line's options, for tests."
     parser = argparse.ArgumentParser('exp_draw', description='A page to draw a digit on.')
