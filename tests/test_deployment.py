@@ -101,9 +101,10 @@ def test_a_model_with_an_attribute_model(tmp_path, test_set):
     assert torch.equal(load_exported(export_model(net, tmp_path/'a.pt2', x))(x), net(x))
 
 
-def test_the_example_may_be_a_view_or_one_row(tmp_path, test_set):
+@pytest.mark.parametrize('n', [1, 20])
+def test_the_example_may_be_a_view_or_one_row(n, tmp_path, test_set):
     x = test_set[0]
-    path = export_model(Model(784, 8, 10), tmp_path/'a.pt2', x[:1])
+    path = export_model(Model(784, 8, 10), tmp_path/'a.pt2', x[:n])
     assert path.stat().st_size < 200_000
     assert load_exported(path)(x[:5]).shape == (5, 10)
 
