@@ -35,33 +35,26 @@ def share(idxs, # one batch: list, range or Tensor
 # %% ../nbs/31_distributed.ipynb #310103
 class _Share(Sampler):
     "Of each batch of indices that part which belongs to one rank, unless it is empty."
-    def __init__(self, whole, rank, size): vars(self).update(vars(whole), whole=whole, rank=rank, size=size)
+    def __init__(self, whole, team):
+        vars(self).update(vars(whole))  # others look for `generator` and `n` here, as in any sampler
+        self.whole, self.team = whole, team
+
     def __len__(self): return len(self.current())
 
     def current(self):
-        self.whole.n = self.n  # the dataset may have grown
+        self.whole.n = self.n  # the loader has set it: the dataset may have grown
         return self.whole
 
     def __iter__(self):
         for idxs in self.current():
-            part = share(idxs, self.rank, self.size)
+            part = share(idxs, self.team.rank, self.team.size)
             if len(part): yield part
 
-# %% ../nbs/31_distributed.ipynb #310104
-def _share_of(dl, team, training):
-    "A loader of the part of one rank. Raises `ValueError` for one that can't be divided."
+def _part_of(dl, team):
+    "A loader of the part of one rank, or None."
     if dl is None: return None
-    kind, size = 'training' if training else 'validation', team.size
-    if not isinstance(dl, DataLoader) or not isinstance(dl.batches, Sampler):
-        raise ValueError(f'expected a DataLoader of exp.nb_04 that makes its own batches as {kind} data, '
-                         f'to give each process a part, got {brief(dl)}')
-    tail = 0 if dl.drop_last else len(dl.ds)%dl.bs
-    if dl.bs < size or training and 0 < tail < size:
-        rows = dl.bs if dl.bs < size else tail
-        raise ValueError(f'expected {kind} batches of at least {size} rows, one for each process, got one '
-                         f'of {rows}: another bs, or drop_last=True')
     part = copy.copy(dl)
-    part.batches = part.sampler = _Share(dl.batches, team.rank, size)
+    part.batches = part.sampler = _Share(dl.batches, team)
     return part
 
 # %% ../nbs/31_distributed.ipynb #310100
@@ -69,9 +62,7 @@ class Team:
     "The processes that torchrun has started, each with its `rank`; raises `ValueError` without torchrun."
     asked = None  # the signal that has come to one of them, within a fit
     def __init__(self, timeout:float=60.): # how long to wait for the others, seconds > 0
-        if not timeout > 0: raise ValueError(f'expected a timeout above 0 seconds, got {timeout}')
-        if not dist.is_available(): raise ValueError('expected torch.distributed, got a PyTorch without it')
-        if not dist.is_initialized(): _meet(timedelta(seconds=timeout))
+        if not (dist.is_available() and dist.is_initialized()): _meet(timeout)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def sum(self, x:Tensor) -> Tensor: # of equal shape on all ranks; is changed
@@ -85,19 +76,123 @@ class Team:
         dist.broadcast_object_list(found, 0)
         return found[0]
 
-    def gather(self, value): # any object
-        "On rank 0 a list of what all ranks have, None on the others."
-        found = [None]*self.size if self.rank == 0 else None
-        dist.gather_object(value, found)
-        return found
+# %% ../nbs/31_distributed.ipynb #310112
+@patch
+def add_up(self:Team, sets): # as `Metrics` has them: for training and for validation a list of metrics
+    "Make each metric that of the rows of all ranks; raises `ValueError` for one that can't be added up."
+    metrics = [m for found in sets.values() for m in found]
+    for m in metrics:
+        if not isinstance(m, Metric) and not hasattr(m, 'dist_sync_on_step'):  # torchmetrics do it themselves
+            raise ValueError(f'expected metrics that can be added up over processes, got {type(m).__name__}')
+    metrics = [m for m in metrics if isinstance(m, Metric) and m.begun]
+    if not metrics: return
+    for m in metrics: m.settle()
+    sums = [torch.as_tensor(v).double() for m in metrics for v in (m.total, m.n)]  # 64 bits
+    flat = self.sum(torch.cat([v.reshape(-1) for v in sums]))
+    sums = [part.view_as(v) for part, v in zip(flat.split([v.numel() for v in sums]), sums)]
+    for m, total, n in zip(metrics, sums[::2], sums[1::2]): m.total, m.n = total, n
 
-    def wait(self): dist.barrier()  # until all have come here
+# %% ../nbs/31_distributed.ipynb #310106
+class Distributed(Callback):
+    """Trains with all processes that torchrun has started. Each predicts its part of each batch, and all take
+    the same step. Raises `ValueError` for what can't be divided."""
+    order, everywhere = -8, True  # after GradientAccumulation, before clipping and 16 bits
+    checks, before = (), None  # functions that raise an error for what would not come out right
+    def __init__(self,
+                 strategy:str='ddp', # each process has all weights; 'fsdp': each has a part of them
+                 timeout:float=60.): # how long to wait for the others before giving up, seconds
+        if strategy not in ('ddp', 'fsdp'): raise ValueError(f"expected 'ddp' or 'fsdp', got {strategy!r}")
+        self.strategy, self.team = strategy, Team(timeout)
+
+    def before_fit(self, learn):
+        for check in self.checks: check(learn, self)
+        self.before, learn.team = (learn.dls, learn.progress), self.team
+        learn.dls = tuple(_part_of(dl, self.team) for dl in learn.dls)
+        learn.progress = learn.progress and self.team.rank == 0
+        self.align(learn)
+        if self.strategy == 'fsdp': _shard(learn)
+
+    def cleanup_fit(self, learn):
+        if not self.before or learn.depth > 1: return  # within another fit it was refused
+        learn.dls, learn.progress = self.before
+        self.before = learn.team = None
+
+# %% ../nbs/31_distributed.ipynb #310108
+@patch
+@torch.no_grad()
+def align(self:Distributed, learn):
+    "Begin alike: weights, buffers and the order of the rows of rank 0; other dropout on each rank."
+    for m in learn.modules:
+        for t in (*m.parameters(), *m.buffers()):
+            if not hasattr(t, 'full_tensor'): dist.broadcast(t.detach(), 0)  # sharded ones are alike already
+    for generator in [dl.sampler.generator for dl in learn.dls if dl is not None]:
+        generator.set_state(self.team.broadcast(generator.get_state()))
+    seed = self.team.broadcast(torch.randint(2**31, ()).item())
+    if self.team.rank: set_seed(seed + self.team.rank)
+
+# %% ../nbs/31_distributed.ipynb #310110
+@patch
+@torch.no_grad()
+def after_backward(self:Distributed, learn):
+    "Average the gradients of all ranks, each by its weight, as one vector."
+    if self.strategy == 'fsdp': return  # it has done so within the backward pass
+    params = [p for group in learn.opt.param_groups for p in group['params'] if p.requires_grad]
+    if any(p.grad is not None and p.grad.is_sparse for p in params):
+        raise ValueError('Distributed expected dense gradients, got sparse ones')
+    collectors = [cb for cb in learn.running if isinstance(cb, GradientAccumulation)]
+    weight = collectors[0].weight if collectors else learn.loss_weight()  # of all batches since the last step
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+    weight = torch.as_tensor(weight, device=params[0].device).to(dtype).reshape(1)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([g.reshape(-1).to(dtype) for g in grads])
+    there = torch.tensor([p.grad is not None for p in params], dtype=dtype, device=flat.device)
+    flat = self.team.sum(torch.cat([torch.where(weight > 0, flat*weight, 0), weight, there]))
+    *parts, weights, there = flat.split([*[p.numel() for p in params], 1, len(params)])
+    for p, g, part, n in zip(params, grads, parts, there.tolist()):
+        if n: p.grad = g.copy_((part/weights).view_as(g))
+
+# %% ../nbs/31_distributed.ipynb #310105
+class _Agreed(torch.autograd.Function):
+    "The loss of all ranks in the place of one's own, with the gradient of one's own."
+    @staticmethod
+    def forward(ctx, own, mean): return mean.to(own.dtype).reshape(own.shape).clone()
+
+    @staticmethod
+    def backward(ctx, grad): return grad, None
+
+# %% ../nbs/31_distributed.ipynb #310109
+@patch
+def after_loss(self:Distributed, learn):
+    "Put the loss of the whole batch in the place of one's own, so that all ranks decide alike."
+    if not learn.training: return
+    loss = learn.loss.detach()
+    weight = torch.as_tensor(learn.loss_weight(), dtype=torch.float64, device=loss.device).reshape(())
+    own = torch.where(weight > 0, loss.double().reshape(())*weight, 0.)  # a mean over no rows is nan
+    total, weights = self.team.sum(torch.stack([own, weight]))
+    if self.strategy == 'fsdp':  # it takes a plain mean of the gradients
+        learn.loss = learn.loss*(weight*self.team.size/weights).to(loss.dtype)
+    learn.loss = _Agreed.apply(learn.loss, total/weights)
+
+# %% ../nbs/31_distributed.ipynb #310111
+@patch
+@contextmanager
+def around_pass(self:Distributed, learn):
+    "Before a validation, running statistics become their mean over all ranks."
+    if learn.team and learn.fitting and not learn.training:
+        for b in [b for m in learn.modules for b in m.buffers()]:
+            first = b.detach().clone()
+            dist.broadcast(first, 0)
+            if b.is_floating_point(): first += self.team.sum(b - first)/self.team.size  # exact for equal ones
+            b.copy_(first)
+    yield
 
 # %% ../nbs/31_distributed.ipynb #310101
 _NEEDED = 'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'  # what torchrun tells a process
 
 def _meet(timeout):
     "Make the process group. Raises `ValueError` without torchrun, `ConnectionError` if nobody is there."
+    if not timeout > 0: raise ValueError(f'expected a timeout above 0 seconds, got {timeout}')
+    if not dist.is_available(): raise ValueError('expected torch.distributed, got a PyTorch without it')
     missing = [name for name in _NEEDED if name not in os.environ]
     if missing:
         raise ValueError(f'expected to be started by torchrun, found no {missing[0]} in the environment: '
@@ -106,6 +201,7 @@ def _meet(timeout):
     own = rank == '0' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'  # nobody else keeps it
     cuda, attempt = torch.cuda.is_available(), os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
     if cuda: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    timeout = timedelta(seconds=timeout)
     try:
         store = dist.TCPStore(host, int(port), None, own, timeout, wait_for_workers=False)
         store = dist.PrefixStore(f'attempt {attempt}', store)  # of an earlier one there are addresses in it
@@ -121,6 +217,16 @@ def _part():
     if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../nbs/31_distributed.ipynb #310102
+@patch
+def gather(self:Team, value): # any object
+    "On rank 0 a list of what all ranks have, None on the others."
+    found = [None]*self.size if self.rank == 0 else None
+    dist.gather_object(value, found)
+    return found
+
+@patch
+def wait(self:Team): dist.barrier()  # until all have come here
+
 @patch
 def once(self:Team, func): # called without arguments, on rank 0
     "What `func` gives, on all ranks; if it raises an error, all of them do."
@@ -141,149 +247,73 @@ def same(self:Team, words:str, value): # what it is; any object that can be comp
     if any(other != found[0] for other in found):
         raise ValueError(f'expected the same {words} on all ranks, got {found}')
 
-# %% ../nbs/31_distributed.ipynb #310105
-class _Agreed(torch.autograd.Function):
-    "The loss of all ranks in the place of one's own; the gradient times `scale`."
-    @staticmethod
-    def forward(ctx, own, mean, scale):
-        ctx.scale = scale
-        return mean.to(own.dtype).reshape(own.shape).clone()
-
-    @staticmethod
-    def backward(ctx, grad): return grad if ctx.scale is None else grad*ctx.scale.to(grad.dtype), None, None
-
-# %% ../nbs/31_distributed.ipynb #310106
-class Distributed(Callback):
-    """Trains with all processes that torchrun has started. Each predicts its part of each batch, and all take
-    the same step. Raises `ValueError` for what can't be divided."""
-    order, everywhere, before = -8, True, None  # after GradientAccumulation, before clipping and 16 bits
-    def __init__(self,
-                 strategy:str='ddp', # each process has all weights; 'fsdp': each has a part of them
-                 timeout:float=60.): # how long to wait for the others before giving up, seconds
-        if strategy not in ('ddp', 'fsdp'): raise ValueError(f"expected 'ddp' or 'fsdp', got {strategy!r}")
-        self.strategy, self.team = strategy, Team(timeout)
-
-    def before_fit(self, learn):
-        _refuse(learn, self.strategy)
-        team, dls = self.team, learn.dls
-        terms = [[len(dl.ds), dl.bs] if isinstance(dl, DataLoader) else None for dl in dls]
-        shapes = [tuple(p.shape) for m in learn.modules for p in m.parameters()]
-        team.same('rows, batch sizes, epochs, shapes of weights', [terms, learn.n_epochs, shapes])
-        parts = _share_of(dls[0], team, True), _share_of(dls[1], team, False)
-        self.before, team.asked = (dls, learn.progress), None
-        learn.team, learn.dls, learn.progress = team, parts, learn.progress and team.rank == 0
-        self.watched = [cb for cb in learn.running if isinstance(cb, Checkpoint)]
-        self.collector = next((cb for cb in learn.running if isinstance(cb, GradientAccumulation)), None)
-        self.align(learn)
-        if self.strategy == 'fsdp': _shard(learn)
-
-    def cleanup_fit(self, learn):
-        if not self.before or learn.depth > 1: return  # within another fit it was refused
-        learn.dls, learn.progress = self.before
-        self.before = learn.team = None
-
-# %% ../nbs/31_distributed.ipynb #310108
-@patch
-@torch.no_grad()
-def align(self:Distributed, learn):
-    "Begin alike: weights, buffers and the order of the rows of rank 0; other dropout on each rank."
-    for m in learn.modules:
-        for t in (*m.parameters(), *m.buffers()):
-            if not hasattr(t, 'full_tensor'): dist.broadcast(t.detach(), 0)  # sharded ones are alike already
-    for dl in learn.dls:
-        if dl is None: continue
-        generator = dl.sampler.generator
-        generator.set_state(self.team.broadcast(generator.get_state()))
-    seed = self.team.broadcast(torch.randint(2**31, ()).item())
-    if self.team.rank: set_seed(seed + self.team.rank)
-
-@patch
-def flags(self:Distributed): # how often each signal has come to this rank
-    asked = [cb.signals.asked for cb in self.watched]
-    return [asked.count(number) for number in (signal.SIGINT, signal.SIGTERM)]
-
-@patch
-def hear(self:Distributed, flags): # the sums of all ranks
-    self.team.asked = signal.SIGTERM if flags[1] else signal.SIGINT if flags[0] else None
-
-# %% ../nbs/31_distributed.ipynb #310109
-@patch
-def after_loss(self:Distributed, learn):
-    "Put the loss of the whole batch in the place of one's own, so that all ranks decide alike."
-    if not learn.training: return
-    loss, weight = learn.loss.detach(), learn.loss_weight()
-    self.weight = torch.as_tensor(weight, dtype=torch.float64, device=loss.device).reshape(())
-    own = torch.where(self.weight > 0, loss.double().reshape(())*self.weight, 0.)
-    flags = torch.tensor(self.flags(), device=loss.device).double()
-    total, weights, *flags = self.team.sum(torch.stack([own, self.weight, *flags]))
-    if self.watched: self.hear(torch.stack(flags).tolist())
-    scale = None
-    if self.strategy == 'fsdp': scale = self.weight*self.team.size/weights  # it takes a plain mean
-    learn.loss = _Agreed.apply(learn.loss, total/weights, scale)
-
-@patch
-def after_epoch(self:Distributed, learn):
-    if self.watched: self.hear(self.team.sum(torch.tensor(self.flags())).tolist())
-
-# %% ../nbs/31_distributed.ipynb #310110
-@patch
-@torch.no_grad()
-def after_backward(self:Distributed, learn):
-    "Average the gradients of all ranks, each by its weight, as one vector."
-    if self.strategy == 'fsdp': return  # it has done so within the backward pass
-    params = [p for group in learn.opt.param_groups for p in group['params'] if p.requires_grad]
-    if any(p.grad is not None and p.grad.is_sparse for p in params):
-        raise ValueError('Distributed expected dense gradients, got sparse ones')
-    weight = self.collector.weight if self.collector else self.weight  # of all batches since the last step
-    dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
-    weight = torch.as_tensor(weight, device=params[0].device).to(dtype).reshape(1)
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = torch.cat([g.reshape(-1).to(dtype) for g in grads])
-    there = torch.tensor([p.grad is not None for p in params], dtype=dtype, device=flat.device)
-    flat = self.team.sum(torch.cat([torch.where(weight > 0, flat*weight, 0), weight, there]))
-    sizes = [p.numel() for p in params]
-    *parts, weights, there = flat.split([*sizes, 1, len(params)])
-    for p, g, part, n in zip(params, grads, parts, there.tolist()):
-        if n: p.grad = g.copy_((part/weights).view_as(g))
-
-# %% ../nbs/31_distributed.ipynb #310112
-@patch
-def add_up(self:Team, sets): # as `Metrics` has them: for training and for validation a list of metrics
-    "Make each metric that of the rows of all ranks; raises `ValueError` for one that can't be added up."
-    metrics = [m for found in sets.values() for m in found]
-    for m in metrics:
-        if not isinstance(m, Metric) and not hasattr(m, 'dist_sync_on_step'):  # torchmetrics do it themselves
-            raise ValueError(f'expected metrics that can be added up over processes, got {type(m).__name__}')
-    metrics = [m for m in metrics if isinstance(m, Metric) and m.begun]
-    for m in metrics: m.settle()
-    sums = [torch.as_tensor(v).double() for m in metrics for v in (m.total, m.n)]
-    if not sums: return
-    flat = self.sum(torch.cat([v.reshape(-1) for v in sums]))
-    sums = [part.view_as(v) for part, v in zip(flat.split([v.numel() for v in sums]), sums)]
-    for m, m.total, m.n in zip(metrics, sums[::2], sums[1::2]): pass
-
 # %% ../nbs/31_distributed.ipynb #310107
-_WHOLE = ('Record', 'Compile', 'EMA', 'Checkpoint', 'SaveBest',  # what needs whole weights
-          'GradientAccumulation', 'MixedPrecision')
+def _refuse(own, words): raise ValueError(f'Distributed({own.strategy!r}) expected {words}')
 
-def _refuse(learn, strategy):
-    "Raise `ValueError` for what would not come out right."
-    def no(words): raise ValueError(f'Distributed({strategy!r}) expected {words}')
-    if learn.depth > 1: no('no fit within a fit')
-    if learn.asks_closure: no(f'an optimizer without a closure, got {type(learn.opt).__name__}')
-    if is_sum(learn.loss_func): no('a loss that is a mean, got a sum')
+def _check_fit(learn, own):
+    "Raise `ValueError` for a fit that several processes can't share."
+    if learn.depth > 1: _refuse(own, 'no fit within a fit')
+    if learn.asks_closure: _refuse(own, f'an optimizer without a closure, got {type(learn.opt).__name__}')
+    if is_sum(learn.loss_func): _refuse(own, 'a loss that is a mean, got a sum')
     params = [p for m in learn.modules for p in m.parameters()]
-    if any(map(is_lazy, params)): no('layers that know their shapes: predict for one batch first')
-    if any(p.is_complex() for p in params): no('real weights, got complex ones')
-    if strategy == 'ddp': return
+    if any(map(is_lazy, params)): _refuse(own, 'layers that know their shapes: predict for one batch first')
+    if any(p.is_complex() for p in params): _refuse(own, 'real weights, got complex ones')
+
+def _check_alike(learn, own):
+    "Raise `ValueError` on all ranks unless they are about to do the same."
+    terms = [[len(dl.ds), dl.bs] if isinstance(dl, DataLoader) else None for dl in learn.dls]
+    shapes = [tuple(p.shape) for m in learn.modules for p in m.parameters()]
+    own.team.same('rows, batch sizes, epochs, shapes of weights', [terms, learn.n_epochs, shapes])
+
+# %% ../nbs/31_distributed.ipynb #310226
+_WHOLE = ('Record', 'Compile', 'EMA', 'Checkpoint', 'SaveBest', 'GradientAccumulation', 'MixedPrecision')
+
+def _check_parts(learn, own):
+    "Raise `ValueError` for what needs whole weights, if each rank has a part of them."
+    if own.strategy == 'ddp': return
     names = {type(cb).__name__ for cb in learn.running}
     for name in _WHOLE:
-        if name in names: no(f"no {name}, which works with 'ddp'")
+        if name in names: _refuse(own, f"no {name}, which works with 'ddp'")
     if isinstance(learn.opt, BaseOptimizer):
-        no(f'an optimizer of torch.optim, got {type(learn.opt).__name__} of exp.nb_12')
+        _refuse(own, f'an optimizer of torch.optim, got {type(learn.opt).__name__} of exp.nb_12')
     for dl in learn.dls:
-        if dl is not None and not dl.drop_last and 0 < len(dl.ds)%dl.bs < dist.get_world_size():
-            no('at least one row for each process in each batch')
+        if dl is not None and not dl.drop_last and 0 < len(dl.ds)%dl.bs < own.team.size:
+            _refuse(own, 'at least one row for each process in each batch')
+
+def _check_loader(dl, kind, size):
+    if not isinstance(dl, DataLoader) or not isinstance(dl.batches, Sampler):
+        raise ValueError(f'expected a DataLoader of exp.nb_04 that makes its own batches as {kind} data, '
+                         f'to give each process a part, got {brief(dl)}')
+    tail = 0 if dl.drop_last else len(dl.ds)%dl.bs
+    if dl.bs < size or kind == 'training' and 0 < tail < size:
+        rows = dl.bs if dl.bs < size else tail
+        raise ValueError(f'expected {kind} batches of at least {size} rows, one for each process, got one '
+                         f'of {rows}: another bs, or drop_last=True')
+
+# %% ../nbs/31_distributed.ipynb #310227
+def _check_loaders(learn, own):
+    "Raise `ValueError` for loaders that can't be divided."
+    for dl, kind in zip(learn.dls, ('training', 'validation')):
+        if dl is not None: _check_loader(dl, kind, own.team.size)
+
+Distributed.checks = _check_fit, _check_parts, _check_alike, _check_loaders
+
+# %% ../nbs/31_distributed.ipynb #310229
+@patch
+def hear(self:Distributed, learn):
+    "Learn of a signal that has come to any of the ranks, so that all of them save and end at the same batch."
+    asked = [cb.signals.asked for cb in learn.running if isinstance(cb, Checkpoint)]
+    if not asked: return
+    counts = torch.tensor([asked.count(number) for number in (signal.SIGINT, signal.SIGTERM)])
+    interrupts, terminations = self.team.sum(counts).tolist()
+    self.team.asked = signal.SIGTERM if terminations else signal.SIGINT if interrupts else None
+
+@patch
+def after_batch(self:Distributed, learn):
+    if learn.training: self.hear(learn)
+
+@patch
+def after_epoch(self:Distributed, learn): self.hear(learn)
 
 # %% ../nbs/31_distributed.ipynb #310114
 def _shard(learn):
@@ -301,23 +331,6 @@ def _shard(learn):
     old = learn.opt.param_groups
     learn.create_opt()
     for group, before in zip(learn.opt.param_groups, old): group['lr'] = before['lr']
-
-# %% ../nbs/31_distributed.ipynb #310111
-@patch
-@contextmanager
-def around_pass(self:Distributed, learn):
-    "Before a validation, running statistics become their mean over all ranks."
-    if learn.team and learn.fitting and not learn.training: self.mean_buffers(learn)
-    yield
-
-@patch
-@torch.no_grad()
-def mean_buffers(self:Distributed, learn):
-    for b in [b for m in learn.modules for b in m.buffers()]:
-        first = b.detach().clone()
-        dist.broadcast(first, 0)
-        if b.is_floating_point(): first += self.team.sum(b - first)/self.team.size  # exact for equal ones
-        b.copy_(first)
 
 # %% ../nbs/31_distributed.ipynb #310115
 def _all_of(learn):
