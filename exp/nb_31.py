@@ -40,11 +40,9 @@ class _Share(Sampler):
         self.whole, self.team = whole, team
 
     def __len__(self): return len(self.current())
-
     def current(self):
         self.whole.n = self.n  # the loader has set it: the dataset may have grown
         return self.whole
-
     def __iter__(self):
         for idxs in self.current():
             part = share(idxs, self.team.rank, self.team.size)
@@ -60,9 +58,8 @@ def _part_of(dl, team):
 # %% ../nbs/31_distributed.ipynb #310100
 class Team:
     "The processes that torchrun has started, each with its `rank`; raises `ValueError` without torchrun."
-    asked = None  # the signal that has come to one of them, within a fit
     def __init__(self, timeout:float=60.): # how long to wait for the others, seconds > 0
-        if not (dist.is_available() and dist.is_initialized()): _meet(timeout)
+        if not (dist.is_available() and dist.is_initialized()): _meet(timeout)  # see "For the library"
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def sum(self, x:Tensor) -> Tensor: # of equal shape on all ranks; is changed
@@ -97,7 +94,7 @@ class Distributed(Callback):
     """Trains with all processes that torchrun has started. Each predicts its part of each batch, and all take
     the same step. Raises `ValueError` for what can't be divided."""
     order, everywhere = -8, True  # after GradientAccumulation, before clipping and 16 bits
-    checks, before = (), None  # functions that raise an error for what would not come out right
+    checks, before = (), None  # checks raise an error for what would not come out right
     def __init__(self,
                  strategy:str='ddp', # each process has all weights; 'fsdp': each has a part of them
                  timeout:float=60.): # how long to wait for the others before giving up, seconds
@@ -108,7 +105,7 @@ class Distributed(Callback):
         for check in self.checks: check(learn, self)
         self.before, learn.team = (learn.dls, learn.progress), self.team
         learn.dls = tuple(_part_of(dl, self.team) for dl in learn.dls)
-        learn.progress = learn.progress and self.team.rank == 0
+        learn.progress = learn.progress and self.team.rank == 0  # one of them prints
         self.align(learn)
         if self.strategy == 'fsdp': _shard(learn)
 
@@ -296,9 +293,11 @@ def _check_loaders(learn, own):
     for dl, kind in zip(learn.dls, ('training', 'validation')):
         if dl is not None: _check_loader(dl, kind, own.team.size)
 
-Distributed.checks = _check_fit, _check_parts, _check_alike, _check_loaders
+Distributed.checks = _check_fit, _check_alike, _check_loaders, _check_parts
 
 # %% ../nbs/31_distributed.ipynb #310229
+Team.asked = None  # the signal that has come to one of the ranks, within a fit
+
 @patch
 def hear(self:Distributed, learn):
     "Learn of a signal that has come to any of the ranks, so that all of them save and end at the same batch."

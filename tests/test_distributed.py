@@ -1,5 +1,5 @@
 "Several processes train as one would: equal weights, results, decisions and files; they stop together, and go on bit for bit."
-import copy, json, os, signal, socket, subprocess, sys, time
+import copy, faulthandler, json, os, signal, socket, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 import pytest
@@ -11,7 +11,7 @@ from torch.multiprocessing import ProcessRaisedException, start_processes
 from exp.nb_00 import set_seed
 from exp.nb_03 import accuracy
 from exp.nb_04 import DataLoader, Dataset
-from exp.nb_10 import Callback, CancelFit, Learner
+from exp.nb_10 import Callback, CancelBatch, CancelFit, Learner
 from exp.nb_11 import Scheduler, sched_one_cycle
 from exp.nb_12 import EMA, SGD, AdamW, Muon
 from exp.nb_13 import Checkpoint, CheckpointError, EarlyStopping, SaveBest
@@ -181,6 +181,22 @@ def test_together(options, tmp_path):
     for name, value in one['results'].items(): assert found[0]['results'][name] == pytest.approx(value, rel=max(near, 1e-4))
 
 
+COMPILED = """
+from functools import partial
+from pathlib import Path
+import torch
+from test_distributed import Compile, ranks, trained
+found = ranks(partial(trained, cbs=lambda: [Compile()]), 2, Path('a'), seconds=150)
+torch.testing.assert_close(found[0]['weights'], trained(0, both=False)['weights'], rtol=2e-5, atol=2e-5)
+assert found[0]['weights'].equal(found[1]['weights'])
+"""
+
+def test_compiled(tmp_path):
+    "In a process that has compiled nothing itself, since what compiles has threads, and can't be forked."
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/'tests')]), OMP_NUM_THREADS='1')
+    subprocess.run([sys.executable, '-c', COMPILED], cwd=tmp_path, env=env, check=True, timeout=200)
+
+
 def batch_norm(): return mlp(nn.BatchNorm1d(24), nn.Dropout(0.2))
 
 def test_running_statistics_become_one(tmp_path):
@@ -227,6 +243,13 @@ class Foreign:
     def update(self, pred, target): pass
     def compute(self): return 0.
 
+class Sparse(nn.Module):
+    "A table of which a batch uses some rows."
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 3, sparse=True)
+    def forward(self, x): return self.table((x[:, 0] > 0).long())
+
 def refused(rank, change, words, **options):
     learn = new_learner(**options)
     cbs = change(learn) or []
@@ -240,6 +263,8 @@ REFUSED = {
     'short tail': (lambda learn: None, 'at least 2 rows', dict(rows=641, drop_last=False)),
     'a sum': (lambda learn: setattr(learn, 'loss_func', nn.CrossEntropyLoss(reduction='sum')), 'got a sum', {}),
     'closure': (lambda learn: None, 'without a closure, got LBFGS', dict(opt_func=torch.optim.LBFGS)),
+    'sparse': (lambda learn: None, 'expected dense gradients, got sparse ones', dict(model=Sparse)),
+    'complex': (lambda learn: learn.model.register_parameter('z', nn.Parameter(torch.zeros(2, dtype=torch.cfloat))), 'real weights, got complex', {}),
     'lazy': (lambda learn: None, 'know their shapes', dict(model=lambda: nn.Sequential(nn.LazyLinear(3)))),
     'metric': (lambda learn: None, 'expected metrics that can be added up over processes, got Foreign', dict(metrics=[Foreign()])),
     'compiled step': (lambda learn: [Compile(step=True)], 'expected nothing between gradients and step, got Distributed', {}),
@@ -303,6 +328,21 @@ def test_an_error_of_one_rank_ends_all(tmp_path):
     start = time.time()
     with pytest.raises(ProcessRaisedException, match='of rank 1'): ranks(partial(trained, cbs=lambda: [Broken()]), 2, tmp_path/'a')
     assert time.time() - start < 30
+
+
+class Skips(Callback):
+    "Skips a batch on rank 1 only."
+    def after_loss(self, learn):
+        if learn.training and learn.iter == 3 and learn.team.rank == 1: raise CancelBatch
+
+def skipping(rank):
+    faulthandler.disable()  # PyTorch aborts where two sums don't match
+    new_learner().fit(1, cbs=[Distributed(timeout=3), Skips()])
+
+def test_a_batch_skipped_by_one_rank_ends_all(tmp_path):
+    start = time.time()
+    with pytest.raises(Exception) as e: ranks(skipping, 2, tmp_path/'a')
+    assert not isinstance(e.value, TimeoutError) and time.time() - start < 40
 
 
 # Shares
@@ -447,6 +487,15 @@ def refused_sharded(rank, cbs, opt_func, words):
     (lambda: [Record()], torch.optim.AdamW, 'expected no Record'),
     (lambda: [GradientAccumulation(2)], torch.optim.AdamW, 'expected no GradientAccumulation')])
 def test_fsdp_refuses(cbs, opt_func, words, tmp_path): ranks(partial(refused_sharded, cbs=cbs, opt_func=opt_func, words=words), 2, tmp_path/'a')
+
+
+def after_steps(rank):
+    learn = new_learner(torch.optim.AdamW)
+    learn.fit(1, cbs=Distributed())
+    with pytest.raises(ValueError, match='expected a new optimizer, got one that has taken steps'): learn.fit(1, cbs=Distributed('fsdp'))
+    learn.fit(1, cbs=Distributed('fsdp'), reset_opt=True)
+
+def test_fsdp_begins_with_a_new_optimizer(tmp_path): ranks(after_steps, 2, tmp_path/'a')
 
 
 # torchrun
