@@ -93,8 +93,10 @@ def add_up(self:Team, sets): # as `Metrics` has them: for training and for valid
 class Distributed(Callback):
     """Trains with all processes that torchrun has started. Each predicts its part of each batch, and all take
     the same step. Raises `ValueError` for what can't be divided."""
-    order, everywhere = -8, True  # after GradientAccumulation, before clipping and 16 bits
-    checks, before = (), None  # checks raise an error for what would not come out right
+    order = -8  # after GradientAccumulation, before clipping and 16 bits
+    everywhere = True  # in a validation within the fit, too
+    checks = ()  # raise an error for what would not come out right
+    before = None  # while it trains: the loaders and the progress to be put back
     def __init__(self,
                  strategy:str='ddp', # each process has all weights; 'fsdp': each has a part of them
                  timeout:float=60.): # how long to wait for the others before giving up, seconds
@@ -110,7 +112,7 @@ class Distributed(Callback):
         if self.strategy == 'fsdp': _shard(learn)
 
     def cleanup_fit(self, learn):
-        if not self.before or learn.depth > 1: return  # within another fit it was refused
+        if not self.before or learn.depth > 1: return  # a fit within the fit: it was refused
         learn.dls, learn.progress = self.before
         self.before = learn.team = None
 
@@ -126,27 +128,6 @@ def align(self:Distributed, learn):
         generator.set_state(self.team.broadcast(generator.get_state()))
     seed = self.team.broadcast(torch.randint(2**31, ()).item())
     if self.team.rank: set_seed(seed + self.team.rank)
-
-# %% ../nbs/31_distributed.ipynb #310110
-@patch
-@torch.no_grad()
-def after_backward(self:Distributed, learn):
-    "Average the gradients of all ranks, each by its weight, as one vector."
-    if self.strategy == 'fsdp': return  # it has done so within the backward pass
-    params = [p for group in learn.opt.param_groups for p in group['params'] if p.requires_grad]
-    if any(p.grad is not None and p.grad.is_sparse for p in params):
-        raise ValueError('Distributed expected dense gradients, got sparse ones')
-    collectors = [cb for cb in learn.running if isinstance(cb, GradientAccumulation)]
-    weight = collectors[0].weight if collectors else learn.loss_weight()  # of all batches since the last step
-    dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
-    weight = torch.as_tensor(weight, device=params[0].device).to(dtype).reshape(1)
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = torch.cat([g.reshape(-1).to(dtype) for g in grads])
-    there = torch.tensor([p.grad is not None for p in params], dtype=dtype, device=flat.device)
-    flat = self.team.sum(torch.cat([torch.where(weight > 0, flat*weight, 0), weight, there]))
-    *parts, weights, there = flat.split([*[p.numel() for p in params], 1, len(params)])
-    for p, g, part, n in zip(params, grads, parts, there.tolist()):
-        if n: p.grad = g.copy_((part/weights).view_as(g))
 
 # %% ../nbs/31_distributed.ipynb #310105
 class _Agreed(torch.autograd.Function):
@@ -244,6 +225,27 @@ def same(self:Team, words:str, value): # what it is; any object that can be comp
     if any(other != found[0] for other in found):
         raise ValueError(f'expected the same {words} on all ranks, got {found}')
 
+# %% ../nbs/31_distributed.ipynb #310110
+@patch
+@torch.no_grad()
+def after_backward(self:Distributed, learn):
+    "Average the gradients of all ranks, each by its weight, as one vector."
+    if self.strategy == 'fsdp': return  # it has done so within the backward pass
+    params = [p for group in learn.opt.param_groups for p in group['params'] if p.requires_grad]
+    if any(p.grad is not None and p.grad.is_sparse for p in params):
+        raise ValueError('Distributed expected dense gradients, got sparse ones')
+    collectors = [cb for cb in learn.running if isinstance(cb, GradientAccumulation)]
+    weight = collectors[0].weight if collectors else learn.loss_weight()  # of all batches since the last step
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+    weight = torch.as_tensor(weight, device=params[0].device).to(dtype).reshape(1)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([g.reshape(-1).to(dtype) for g in grads])
+    there = torch.tensor([p.grad is not None for p in params], dtype=dtype, device=flat.device)
+    flat = self.team.sum(torch.cat([torch.where(weight > 0, flat*weight, 0), weight, there]))
+    *parts, weights, there = flat.split([*[p.numel() for p in params], 1, len(params)])
+    for p, g, part, n in zip(params, grads, parts, there.tolist()):
+        if n: p.grad = g.copy_((part/weights).view_as(g))
+
 # %% ../nbs/31_distributed.ipynb #310107
 def _refuse(own, words): raise ValueError(f'Distributed({own.strategy!r}) expected {words}')
 
@@ -282,7 +284,8 @@ def _check_loader(dl, kind, size):
         raise ValueError(f'expected a DataLoader of exp.nb_04 that makes its own batches as {kind} data, '
                          f'to give each process a part, got {brief(dl)}')
     tail = 0 if dl.drop_last else len(dl.ds)%dl.bs
-    if dl.bs < size or kind == 'training' and 0 < tail < size:
+    needed = kind == 'training' or tail == len(dl.ds)  # there must be something to validate on
+    if dl.bs < size or needed and 0 < tail < size:
         rows = dl.bs if dl.bs < size else tail
         raise ValueError(f'expected {kind} batches of at least {size} rows, one for each process, got one '
                          f'of {rows}: another bs, or drop_last=True')

@@ -97,7 +97,7 @@ def test_bit_for_bit_as_accumulation(opt_func, tmp_path):
     "The same sums: two ranks, and one process that accumulates two batches of half the size."
     two, again = (ranks(partial(trained, opt_func=opt_func), 2, tmp_path/name)[0]['weights'] for name in 'ab')
     halves = new_learner(opt_func=opt_func)
-    class Halves(list):
+    class Halves:
         "Each batch as its two halves."
         def __iter__(self): return (tuple(f[i:i + 32] for f in b) for b in self.dl for i in (0, 32))
         def __len__(self): return 2*len(self.dl)
@@ -261,6 +261,7 @@ REFUSED = {
     'foreign loader': (foreign, 'expected a DataLoader of exp.nb_04', {}),
     'too few rows': (lambda learn: None, 'at least 2 rows', dict(bs=1)),
     'short tail': (lambda learn: None, 'at least 2 rows', dict(rows=641, drop_last=False)),
+    'too few to validate on': (lambda learn: None, 'validation batches of at least 2 rows', dict(valid=1)),
     'a sum': (lambda learn: setattr(learn, 'loss_func', nn.CrossEntropyLoss(reduction='sum')), 'got a sum', {}),
     'closure': (lambda learn: None, 'without a closure, got LBFGS', dict(opt_func=torch.optim.LBFGS)),
     'sparse': (lambda learn: None, 'expected dense gradients, got sparse ones', dict(model=Sparse)),
