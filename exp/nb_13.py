@@ -179,6 +179,8 @@ def _readable(value, path, where=''):
     Raises `CheckpointError` for what has no such form; `where`: its place in the whole."""
     if isinstance(value, np.generic): value = value.item()
     kind = type(value)
+    if hasattr(value, 'full_tensor'):
+        raise CheckpointError(f'{path}: expected whole tensors, found a sharded one in {where}')
     if kind in _PLAIN: return value
     if kind in (list, tuple):
         if {type(v) for v in value} <= _PLAIN: return value  # at once, since it may be long

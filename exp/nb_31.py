@@ -6,21 +6,26 @@
 __all__ = ['share', 'Team', 'Distributed', 'save_sharded', 'load_sharded']
 
 # %% ../nbs/31_distributed.ipynb #310003
-import atexit, copy, errno, os, signal, warnings
+import atexit, copy, errno, os, shutil, signal, warnings, zlib
+from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map
+from torch.utils.data import Subset
 from .nb_00 import set_seed
-from .nb_04 import DataLoader, Sampler
+from .nb_04 import DataLoader, Dataset, Sampler
 from .nb_05 import Metric, brief, is_sum
-from .nb_10 import Callback
+from .nb_10 import Callback, load_opt_state
+from .nb_11 import get_rng_state, set_rng_state
 from .nb_12 import BaseOptimizer
-from .nb_13 import Checkpoint
+from .nb_13 import Checkpoint, CheckpointError, Monitor
 from .nb_15 import GradientAccumulation
 
 # %% ../nbs/31_distributed.ipynb #310113
@@ -58,13 +63,15 @@ def _part_of(dl, team):
 # %% ../nbs/31_distributed.ipynb #310100
 class Team:
     "The processes that torchrun has started, each with its `rank`; raises `ValueError` without torchrun."
-    def __init__(self, timeout:float=60.): # how long to wait for the others, seconds > 0
+    def __init__(self, timeout:float=600.): # how long to wait for the others, seconds > 0
         if not (dist.is_available() and dist.is_initialized()): _meet(timeout)  # see "For the library"
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def sum(self, x:Tensor) -> Tensor: # of equal shape on all ranks; is changed
         "The sum over all ranks, in place."
-        dist.all_reduce(x)
+        whole = x.detach().contiguous()  # the same tensor, unless it lies scattered
+        dist.all_reduce(whole)
+        if whole.data_ptr() != x.data_ptr(): x.detach().copy_(whole)
         return x
 
     def broadcast(self, value): # -> that of rank 0; any object
@@ -73,33 +80,17 @@ class Team:
         dist.broadcast_object_list(found, 0)
         return found[0]
 
-# %% ../nbs/31_distributed.ipynb #310112
-@patch
-def add_up(self:Team, sets): # as `Metrics` has them: for training and for validation a list of metrics
-    "Make each metric that of the rows of all ranks; raises `ValueError` for one that can't be added up."
-    metrics = [m for found in sets.values() for m in found]
-    for m in metrics:
-        if not isinstance(m, Metric) and not hasattr(m, 'dist_sync_on_step'):  # torchmetrics do it themselves
-            raise ValueError(f'expected metrics that can be added up over processes, got {type(m).__name__}')
-    metrics = [m for m in metrics if isinstance(m, Metric) and m.begun]
-    if not metrics: return
-    for m in metrics: m.settle()
-    sums = [torch.as_tensor(v).double() for m in metrics for v in (m.total, m.n)]  # 64 bits
-    flat = self.sum(torch.cat([v.reshape(-1) for v in sums]))
-    sums = [part.view_as(v) for part, v in zip(flat.split([v.numel() for v in sums]), sums)]
-    for m, total, n in zip(metrics, sums[::2], sums[1::2]): m.total, m.n = total, n
-
 # %% ../nbs/31_distributed.ipynb #310106
 class Distributed(Callback):
     """Trains with all processes that torchrun has started. Each predicts its part of each batch, and all take
-    the same step. Raises `ValueError` for what can't be divided."""
+    the same step. Raises `ValueError` for what can't be divided, and if the weights of the ranks part."""
     order = -8  # after GradientAccumulation, before clipping and 16 bits
     everywhere = True  # in a validation within the fit, too
     checks = ()  # raise an error for what would not come out right
-    before = None  # while it trains: the loaders and the progress to be put back
+    before = random = None  # while it trains: what is to be put back
     def __init__(self,
                  strategy:str='ddp', # each process has all weights; 'fsdp': each has a part of them
-                 timeout:float=60.): # how long to wait for the others before giving up, seconds
+                 timeout:float=600.): # how long to wait for the others before giving up, seconds
         if strategy not in ('ddp', 'fsdp'): raise ValueError(f"expected 'ddp' or 'fsdp', got {strategy!r}")
         self.strategy, self.team = strategy, Team(timeout)
 
@@ -109,25 +100,13 @@ class Distributed(Callback):
         learn.dls = tuple(_part_of(dl, self.team) for dl in learn.dls)
         learn.progress = learn.progress and self.team.rank == 0  # one of them prints
         self.align(learn)
-        if self.strategy == 'fsdp': _shard(learn)
+        if self.strategy == 'fsdp': _shard(learn, self)
 
     def cleanup_fit(self, learn):
         if not self.before or learn.depth > 1: return  # a fit within the fit: it was refused
         learn.dls, learn.progress = self.before
-        self.before = learn.team = None
-
-# %% ../nbs/31_distributed.ipynb #310108
-@patch
-@torch.no_grad()
-def align(self:Distributed, learn):
-    "Begin alike: weights, buffers and the order of the rows of rank 0; other dropout on each rank."
-    for m in learn.modules:
-        for t in (*m.parameters(), *m.buffers()):
-            if not hasattr(t, 'full_tensor'): dist.broadcast(t.detach(), 0)  # sharded ones are alike already
-    for generator in [dl.sampler.generator for dl in learn.dls if dl is not None]:
-        generator.set_state(self.team.broadcast(generator.get_state()))
-    seed = self.team.broadcast(torch.randint(2**31, ()).item())
-    if self.team.rank: set_seed(seed + self.team.rank)
+        if self.random: set_rng_state(self.random)
+        self.before = self.random = learn.team = None
 
 # %% ../nbs/31_distributed.ipynb #310105
 class _Agreed(torch.autograd.Function):
@@ -150,19 +129,6 @@ def after_loss(self:Distributed, learn):
     if self.strategy == 'fsdp':  # it takes a plain mean of the gradients
         learn.loss = learn.loss*(weight*self.team.size/weights).to(loss.dtype)
     learn.loss = _Agreed.apply(learn.loss, total/weights)
-
-# %% ../nbs/31_distributed.ipynb #310111
-@patch
-@contextmanager
-def around_pass(self:Distributed, learn):
-    "Before a validation, running statistics become their mean over all ranks."
-    if learn.team and learn.fitting and not learn.training:
-        for b in [b for m in learn.modules for b in m.buffers()]:
-            first = b.detach().clone()
-            dist.broadcast(first, 0)
-            if b.is_floating_point(): first += self.team.sum(b - first)/self.team.size  # exact for equal ones
-            b.copy_(first)
-    yield
 
 # %% ../nbs/31_distributed.ipynb #310101
 _NEEDED = 'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'  # what torchrun tells a process
@@ -217,21 +183,83 @@ def once(self:Team, func): # called without arguments, on rank 0
     if text: raise RuntimeError(f'rank 0: {text}')
     return self.broadcast(value)
 
+# %% ../nbs/31_distributed.ipynb #310237
+@patch
+def gather_all(self:Team, value): # any object
+    "A list of what all ranks have, on each of them."
+    found = [None]*self.size
+    dist.all_gather_object(found, value)
+    return found
+
 @patch
 def same(self:Team, words:str, value): # what it is; any object that can be compared
     "Raise `ValueError` on all ranks unless all have the same."
-    found = [None]*self.size
-    dist.all_gather_object(found, value)
+    found = self.gather_all(value)
     if any(other != found[0] for other in found):
-        raise ValueError(f'expected the same {words} on all ranks, got {found}')
+        raise ValueError(f'expected the same {words} on all ranks, got {_first_odd(found)}')
+
+def _first_odd(found):
+    "The first place at which lists of equal lengths differ, a value from each of them."
+    if any(not isinstance(v, (list, tuple)) or len(v) != len(found[0]) for v in found): return found
+    odd = [[*values] for values in zip(*found) if any(v != values[0] for v in values)]
+    return _first_odd(odd[0]) if odd else found
+
+# %% ../nbs/31_distributed.ipynb #310255
+@patch
+def from_first(self:Team, x:Tensor) -> Tensor: # of equal shape on all ranks; a copy
+    "The tensor of rank 0, on all ranks, in whatever way the own one lies in memory."
+    whole = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.broadcast(whole, 0)
+    return whole
+
+def _telling(method):
+    "A method of `Team` that tells which rank was left alone."
+    @wraps(method)
+    def told(self, *args):
+        try: return method(self, *args)
+        except RuntimeError as e:
+            text = f'rank {self.rank} of {self.size}, in {method.__name__}: another rank has ended, or does '
+            raise ConnectionError(f'{text}something else: ' + str(e).strip().partition('\n')[0]) from e
+    return told
+
+for method in (Team.sum, Team.broadcast, Team.gather, Team.gather_all, Team.wait, Team.from_first):
+    setattr(Team, method.__name__, _telling(method))
+
+# %% ../nbs/31_distributed.ipynb #310239
+def _sums_of(metric):
+    "What a metric has added up, or None if it has seen no row that counts."
+    metric.settle()
+    if metric.begun: return [torch.as_tensor(v).cpu().double() for v in (metric.total, metric.n)], metric.keys
+
+@patch
+def add_up(self:Team, sets): # as `Metrics` has them: for training and for validation a list of metrics
+    "Make each metric that of the rows of all ranks; raises `ValueError` for one that can't be added up."
+    metrics = [m for found in sets.values() for m in found]
+    for m in metrics:
+        if not isinstance(m, Metric) and not hasattr(m, 'dist_sync_on_step'):  # torchmetrics do it themselves
+            raise ValueError(f'expected metrics that can be added up over processes, got {type(m).__name__}')
+    metrics = [m for m in metrics if isinstance(m, Metric)]
+    for m, *parts in zip(metrics, *self.gather_all([_sums_of(m) for m in metrics])):
+        parts = [part for part in parts if part]
+        if not parts: continue
+        m.total, m.n = (sum(values) for values in zip(*(sums for sums, _ in parts)))
+        m.keys, m.begun = parts[0][1], True
+    for found in sets.values():
+        silent = [m for m in found if _adds_nothing(m) and any(getattr(o, 'begun', False) for o in found)]
+        if silent: raise ValueError('expected metrics that add up by Metric.add, got '
+                                    f'{type(silent[0]).__name__}, whose own sums stay on their rank')
+
+def _adds_nothing(metric):
+    if not isinstance(metric, Metric) or metric.begun or type(metric).compute is Metric.compute: return False
+    return type(metric).update is not Metric.update or hasattr(metric, 'accumulate')
 
 # %% ../nbs/31_distributed.ipynb #310110
 @patch
 @torch.no_grad()
 def after_backward(self:Distributed, learn):
     "Average the gradients of all ranks, each by its weight, as one vector."
-    if self.strategy == 'fsdp': return  # it has done so within the backward pass
     params = [p for group in learn.opt.param_groups for p in group['params'] if p.requires_grad]
+    if self.strategy == 'fsdp': return self.average_rest(params)
     if any(p.grad is not None and p.grad.is_sparse for p in params):
         raise ValueError('Distributed expected dense gradients, got sparse ones')
     collectors = [cb for cb in learn.running if isinstance(cb, GradientAccumulation)]
@@ -246,47 +274,159 @@ def after_backward(self:Distributed, learn):
     for p, g, part, n in zip(params, grads, parts, there.tolist()):
         if n: p.grad = g.copy_((part/weights).view_as(g))
 
+# %% ../nbs/31_distributed.ipynb #310242
+class _Told(Sampler):
+    "The batches of a sampler of one's own, as rank 0 draws them."
+    def __init__(self, own, team):
+        vars(self).update(vars(own))
+        self.own, self.team = own, team
+    def __len__(self):
+        self.own.n = self.n
+        return len(self.own)
+    def __iter__(self):
+        self.own.n = self.n
+        yield from self.team.broadcast([*self.own] if self.team.rank == 0 else None)
+
+# %% ../nbs/31_distributed.ipynb #310256
+@patch
+@torch.no_grad()
+def align(self:Distributed, learn):
+    "Begin alike: weights, optimizer and the order of the rows of rank 0; other dropout on each rank."
+    for t in [t for m in learn.modules for t in (*m.parameters(), *m.buffers())]:
+        if hasattr(t, 'full_tensor'): continue  # sharded ones are alike already
+        first = self.team.from_first(t)
+        if not t.equal(first): t.copy_(first)  # one that repeats a number can't be written to
+    if not any(hasattr(p, 'full_tensor') for p in learn.model.parameters()): self.align_opt(learn.opt)
+    for part in [dl.batches for dl in learn.dls if dl is not None]:
+        if type(part.whole) is not Sampler: part.whole = _Told(part.whole, self.team)
+        part.generator.set_state(self.team.broadcast(part.generator.get_state()))
+    seed = self.team.broadcast(torch.randint(2**31, ()).item())
+    self.random = get_rng_state()
+    set_seed(seed + self.team.rank)
+    self.steps = 0
+
+@patch
+def align_opt(self:Distributed, opt):
+    "Give all ranks what the optimizer of rank 0 remembers, if they remember other things."
+    state = opt.state_dict()
+    sums = self.team.gather_all(_checksum(state['state']))
+    if len({*sums}) > 1: load_opt_state(opt, self.team.broadcast(state))
+
+# %% ../nbs/31_distributed.ipynb #310244
+def _checksum(value):
+    "CRC-32 of a nest of tensors and numbers."
+    if isinstance(value, dict): return _checksum([*value.items()])
+    if isinstance(value, (list, tuple)): return zlib.crc32(repr([_checksum(v) for v in value]).encode())
+    if not isinstance(value, Tensor): return zlib.crc32(repr(value).encode())
+    data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return zlib.crc32(data.numpy(), zlib.crc32(str(tuple(value.shape)).encode()))
+
+@patch
+def compare(self:Distributed, learn):
+    "Raise `ValueError` on all ranks if their weights, or the numbers of their steps, have parted."
+    named = [(name, p) for m in learn.modules for name, p in m.named_parameters()]
+    sums = [_checksum(p) for _, p in named if not hasattr(p, 'full_tensor')]
+    names = [name for name, p in named if not hasattr(p, 'full_tensor')]
+    steps, *found = zip(*self.team.gather_all([self.steps, *sums]))
+    odd = [name for name, values in zip(names, found) if len({*values}) > 1]
+    if not odd and len({*steps}) == 1: return
+    what = f'others in {", ".join(odd[:3])}' if len({*steps}) == 1 else f'{[*steps]} steps'
+    raise ValueError(f'expected the same weights on all ranks after epoch {learn.epoch}, got {what}: '
+                     'does a callback change them, or the rate, or skip a step, on one rank only?')
+
+@patch
+def after_step(self:Distributed, learn): self.steps += 1
+
+@patch
+def after_fit(self:Distributed, learn): self.compare(learn)
+
+# %% ../nbs/31_distributed.ipynb #310246
+@patch
+@torch.no_grad()
+def even_out(self:Distributed, learn):
+    "Running statistics become their mean over all ranks, exactly where they are equal."
+    for b in [b for m in learn.modules for b in m.buffers()]:
+        first = self.team.from_first(b)
+        if b.is_floating_point(): first += self.team.sum(torch.where(b == first, 0, b - first))/self.team.size
+        if not b.equal(first): b.copy_(first)
+
+@patch
+@contextmanager
+def around_pass(self:Distributed, learn):
+    "Before a validation, even out the running statistics."
+    if learn.team and learn.fitting and not learn.training: self.even_out(learn)
+    yield
+
 # %% ../nbs/31_distributed.ipynb #310107
 def _refuse(own, words): raise ValueError(f'Distributed({own.strategy!r}) expected {words}')
+def _is_part(p): return hasattr(p, 'full_tensor')  # of a weight: a sharded one
 
 def _check_fit(learn, own):
     "Raise `ValueError` for a fit that several processes can't share."
     if learn.depth > 1: _refuse(own, 'no fit within a fit')
+    if any(isinstance(cb, Distributed) and cb is not own for cb in learn.running):
+        _refuse(own, 'to be the only one in a fit')
     if learn.asks_closure: _refuse(own, f'an optimizer without a closure, got {type(learn.opt).__name__}')
     if is_sum(learn.loss_func): _refuse(own, 'a loss that is a mean, got a sum')
     params = [p for m in learn.modules for p in m.parameters()]
     if any(map(is_lazy, params)): _refuse(own, 'layers that know their shapes: predict for one batch first')
     if any(p.is_complex() for p in params): _refuse(own, 'real weights, got complex ones')
+    if own.strategy == 'ddp' and any(map(_is_part, params)):
+        _refuse(own, "whole weights, got sharded ones, with which only 'fsdp' goes on")
+
+# %% ../nbs/31_distributed.ipynb #310258
+def _rows_of(dl):
+    "Length of the dataset, number of batches, and a checksum of three rows, or of where they are."
+    if dl is None: return None
+    n, ds = len(dl.ds), dl.ds
+    held = ds.tensors if isinstance(ds, Dataset) else [ds.indices] if isinstance(ds, Subset) else []
+    return [n, len(dl), [_checksum(t[i]) for t in held for i in (0, n//2, n - 1)] if n else []]
 
 def _check_alike(learn, own):
     "Raise `ValueError` on all ranks unless they are about to do the same."
-    terms = [[len(dl.ds), dl.bs] if isinstance(dl, DataLoader) else None for dl in learn.dls]
-    shapes = [tuple(p.shape) for m in learn.modules for p in m.parameters()]
-    own.team.same('rows, batch sizes, epochs, shapes of weights', [terms, learn.n_epochs, shapes])
+    metrics = learn.metrics.values() if isinstance(learn.metrics, dict) else learn.metrics
+    named = [pair for m in learn.modules for pair in m.named_parameters()]
+    terms = {'rows, batches and data': [*map(_rows_of, learn.dls)],
+             'number of epochs, and max_batches': [learn.n_epochs, learn.max_batches],
+             'callbacks that save or watch a result': [type(cb).__name__ for cb in learn.running
+                                                       if isinstance(cb, (Checkpoint, Monitor))],
+             'metrics': [getattr(m, '__name__', type(m).__name__) for m in metrics],
+             'optimizer': type(learn.opt).__name__,
+             'learning rates': [float(group['lr']) for group in learn.opt.param_groups],
+             'weights, their shapes, and which are trained': [[name, tuple(p.shape), p.requires_grad]
+                                                              for name, p in named]}
+    for words, value in terms.items(): own.team.same(words, value)
 
 # %% ../nbs/31_distributed.ipynb #310226
-_WHOLE = ('Record', 'Compile', 'EMA', 'Checkpoint', 'SaveBest', 'GradientAccumulation', 'MixedPrecision')
+_WHOLE = ('Record', 'Compile', 'EMA', 'Checkpoint', 'SaveBest', 'GradientAccumulation', 'MixedPrecision',
+          '_Sweep')
 
 def _check_parts(learn, own):
     "Raise `ValueError` for what needs whole weights, if each rank has a part of them."
     if own.strategy == 'ddp': return
-    names = {type(cb).__name__ for cb in learn.running}
+    names = {c.__name__ for cb in learn.running for c in type(cb).__mro__}
     for name in _WHOLE:
-        if name in names: _refuse(own, f"no {name}, which works with 'ddp'")
+        if name in names: _refuse(own, f"no {name.replace('_Sweep', 'lr_find')}, which works with 'ddp'")
     if isinstance(learn.opt, BaseOptimizer):
         _refuse(own, f'an optimizer of torch.optim, got {type(learn.opt).__name__} of exp.nb_12')
     for dl in learn.dls:
-        if dl is not None and not dl.drop_last and 0 < len(dl.ds)%dl.bs < own.team.size:
+        if dl is not None and 0 < _tail(dl) < own.team.size:
             _refuse(own, 'at least one row for each process in each batch')
+
+def _tail(dl):
+    "Rows of a last, shorter batch, 0 if there is none."
+    return 0 if dl.batches.drop_last else len(dl.ds)%dl.batches.bs
 
 def _check_loader(dl, kind, size):
     if not isinstance(dl, DataLoader) or not isinstance(dl.batches, Sampler):
+        found = brief(dl) if not isinstance(dl, DataLoader) else 'one of an IterableDataset' \
+            if dl.batches is None else "one with an order of torch's: leave out sampler and generator"
         raise ValueError(f'expected a DataLoader of exp.nb_04 that makes its own batches as {kind} data, '
-                         f'to give each process a part, got {brief(dl)}')
-    tail = 0 if dl.drop_last else len(dl.ds)%dl.bs
+                         f'to give each process a part, got {found}')
+    tail, bs = _tail(dl), dl.batches.bs  # `dl.bs` is a default, if it was given batches
     needed = kind == 'training' or tail == len(dl.ds)  # there must be something to validate on
-    if dl.bs < size or needed and 0 < tail < size:
-        rows = dl.bs if dl.bs < size else tail
+    if bs < size or needed and 0 < tail < size:
+        rows = bs if bs < size else tail
         raise ValueError(f'expected {kind} batches of at least {size} rows, one for each process, got one '
                          f'of {rows}: another bs, or drop_last=True')
 
@@ -296,7 +436,7 @@ def _check_loaders(learn, own):
     for dl, kind in zip(learn.dls, ('training', 'validation')):
         if dl is not None: _check_loader(dl, kind, own.team.size)
 
-Distributed.checks = _check_fit, _check_alike, _check_loaders, _check_parts
+Distributed.checks = _check_fit, _check_loaders, _check_alike, _check_parts
 
 # %% ../nbs/31_distributed.ipynb #310229
 Team.asked = None  # the signal that has come to one of the ranks, within a fit
@@ -315,47 +455,148 @@ def after_batch(self:Distributed, learn):
     if learn.training: self.hear(learn)
 
 @patch
-def after_epoch(self:Distributed, learn): self.hear(learn)
+def after_epoch(self:Distributed, learn):
+    self.hear(learn)
+    if learn.dls[1] is None: self.even_out(learn)  # no validation has done so
+    self.compare(learn)
 
 # %% ../nbs/31_distributed.ipynb #310114
-def _shard(learn):
+def _layers(model):
+    "What is sharded by itself: the children that have weights; of a mere list of layers, its children."
+    found = []
+    for child in model.children():
+        is_list = type(child).forward is nn.Module.forward  # one that is never called
+        if is_list: found += _layers(child)
+        elif any(True for _ in child.parameters()): found.append(child)
+    return list({id(layer): layer for layer in found}.values())
+
+def _check_layers(learn, own):
+    "Raise `ValueError` for weights that can't be divided layer by layer."
+    if own.strategy == 'ddp' or any(map(_is_part, learn.model.parameters())): return
+    layers = _layers(learn.model)
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    rest = {id(p) for m in learn.model.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
+    held = Counter([*rest, *(id(p) for layer in layers for p in layer.parameters())])
+    for name, p in learn.model.named_parameters():
+        if held[id(p)] > 1: _refuse(own, f'weights of one layer each, got {name}, which several layers share')
+        if not p.ndim: _refuse(own, f'weights that can be divided, got a single number, {name}')
+
+Distributed.checks += (_check_layers,)
+
+# %% ../nbs/31_distributed.ipynb #310249
+def _shard(learn, own):
     "Divide the weights of a model among all ranks, layer by layer, and make the optimizer anew."
-    if any(hasattr(p, 'full_tensor') for p in learn.model.parameters()): return
+    if any(map(_is_part, learn.model.parameters())): return
     if learn.opt.state:
-        raise ValueError("Distributed('fsdp') expected a new optimizer, got one that has taken steps: "
-                         'fit with reset_opt=True')
+        _refuse(own, 'a new optimizer, got one that has taken steps: reset_opt=True makes one; to go on with '
+                     'what load_sharded reads, call it in the before_fit of a callback')
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    mesh = init_device_mesh(next(learn.model.parameters()).device.type, (dist.get_world_size(),))
-    for layer in learn.model.children():
-        if any(True for _ in layer.parameters()): fully_shard(layer, mesh=mesh)
-    fully_shard(learn.model, mesh=mesh)
-    old = learn.opt.param_groups
+    whole, old = [p for m in learn.modules for p in m.parameters()], learn.opt
     learn.create_opt()
-    for group, before in zip(learn.opt.param_groups, old): group['lr'] = before['lr']
+    by_hand = type(learn.opt) is not type(old) or _owners(learn.opt) != _owners(old)
+    mesh = init_device_mesh(next(learn.model.parameters()).device.type, (own.team.size,))
+    for layer in _layers(learn.model): fully_shard(layer, mesh=mesh)
+    fully_shard(learn.model, mesh=mesh, reshard_after_forward=True)  # also where no backward pass follows
+    new = dict(zip(map(id, whole), [p for m in learn.modules for p in m.parameters()]))
+    groups = [group | dict(params=[new.get(id(p), p) for p in group['params']]) for group in old.param_groups]
+    if by_hand: learn.opt = type(old)(groups)
+    else:
+        learn.create_opt()
+        for group, options in zip(learn.opt.param_groups, groups): group.update(options)
+
+def _owners(opt): return [[*map(id, group['params'])] for group in opt.param_groups]
+
+@patch
+def average_rest(self:Distributed, params):
+    "Average the gradients of weights that are not sharded, as those of a loss function."
+    for p in [p for p in params if not _is_part(p)]:
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        there = self.team.sum(torch.tensor(float(p.grad is not None)))
+        grad = self.team.sum(grad)/self.team.size
+        if there: p.grad = grad
 
 # %% ../nbs/31_distributed.ipynb #310115
 def _all_of(learn):
     "Weights and the optimizer's state by the names of the weights, as torch.distributed.checkpoint has them."
     from torch.distributed.checkpoint.state_dict import get_state_dict
-    model, opt = get_state_dict(learn.model, learn.opt)
+    if learn.opt is None: learn.ready_opt()
+    model, opt = get_state_dict(_one_module(learn), learn.opt)
     return dict(model=model, opt=opt)
 
+def _one_module(learn):
+    "The model; with a loss function that has weights, both."
+    loss = [m for m in learn.modules if m is not learn.model and any(True for _ in m.parameters())]
+    return nn.ModuleDict(dict(model=learn.model, loss_func=loss[0])) if loss else learn.model
+
+def _beside(folder, word): return folder.with_name(f'.{folder.name}.{word}')
+
+def _clear(folder):
+    if folder.exists(): shutil.rmtree(folder)
+
+def _put_in_place(folder):
+    "The new one takes the name, and then the old one goes."
+    part, old = (_beside(folder, word) for word in ('part', 'old'))
+    if (folder/'.metadata').exists():
+        _clear(old)
+        folder.rename(old)
+    _clear(folder)  # one that is empty, or was never complete
+    part.rename(folder)
+    _clear(old)
+
+# %% ../nbs/31_distributed.ipynb #310250
 def save_sharded(learn, # Learner, on all ranks at once
-                 folder): # to write into
-    "Write weights and optimizer, each rank its part (torch.distributed.checkpoint)."
+                 folder): # to write into, of its own; an old save stays until the new one is complete
+    """Write weights and optimizer, each rank its part (torch.distributed.checkpoint). Raises `ValueError` for
+    a folder with other files."""
     from torch.distributed.checkpoint import save
-    if learn.opt is None: learn.ready_opt()
-    with warnings.catch_warnings(action='ignore'): save(_all_of(learn), checkpoint_id=str(folder))
+    folder, state = Path(folder).absolute(), _all_of(learn)
+    others = [p.name for p in folder.glob('*') if p.name != '.metadata' and p.suffix != '.distcp']
+    if others: raise ValueError(f'{folder}: expected a folder of its own, found {others[0]} in it')
+    once = Team().once if dist.is_initialized() else lambda func: func()
+    once(lambda: _clear(_beside(folder, 'part')))
+    with warnings.catch_warnings(action='ignore'): save(state, checkpoint_id=str(_beside(folder, 'part')))
+    once(lambda: _put_in_place(folder))
+
+def _saved_in(folder):
+    "The folder of the last whole save, and what is in it; raises `FileNotFoundError` and `CheckpointError`."
+    from torch.distributed.checkpoint import FileSystemReader
+    folder = Path(folder).absolute()
+    found = [f for f in (folder, _beside(folder, 'old')) if (f/'.metadata').is_file()]
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, 'expected what save_sharded wrote, found none', str(folder))
+    try: return found[0], FileSystemReader(found[0]).read_metadata().state_dict_metadata
+    except Exception as e:
+        raise CheckpointError(f'{found[0]}: expected what save_sharded wrote, got {brief(e)}') from e
+
+# %% ../nbs/31_distributed.ipynb #310252
+def _sizes(state, before=''):
+    "Names and shapes of all tensors in a nest of dicts."
+    found = {}
+    for key, value in state.items():
+        if isinstance(value, dict): found |= _sizes(value, f'{before}{key}.')
+        elif isinstance(value, Tensor): found[f'{before}{key}'] = tuple(value.shape)
+    return found
 
 def load_sharded(learn, # Learner with the same weights, sharded or not, on as many ranks as one likes
                  folder): # from `save_sharded`
-    "Take over weights and optimizer; raises `FileNotFoundError` if there are none."
-    if not (Path(folder)/'.metadata').is_file():
-        raise FileNotFoundError(errno.ENOENT, 'expected what save_sharded wrote, found none', str(folder))
-    if learn.opt is None: learn.ready_opt()
+    """Take over weights and optimizer, all or nothing. Raises `FileNotFoundError` if there are none, and
+    `CheckpointError` for a misfit or a damaged file."""
     from torch.distributed.checkpoint import load
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import set_state_dict
-    state = _all_of(learn)
-    with warnings.catch_warnings(action='ignore'): load(state, checkpoint_id=str(folder))
-    set_state_dict(learn.model, learn.opt, model_state_dict=state['model'], optim_state_dict=state['opt'])
+    folder, saved = _saved_in(folder)
+    state = tree_map(lambda v: torch.empty_like(v) if isinstance(v, Tensor) else v, _all_of(learn))
+    theirs = {name: tuple(o.size) for name, o in saved.items() if hasattr(o, 'size')}
+    own = _sizes(state)
+    for name in {**own, **theirs}:
+        if 'param_groups' in name or own.get(name) == theirs.get(name): continue
+        raise CheckpointError(f'{folder}: made by another Learner: expected {name} {own.get(name)}, '
+                              f'found {theirs.get(name)}')
+    try:
+        with warnings.catch_warnings(action='ignore'): load(state, checkpoint_id=str(folder))
+    except CheckpointException as e:
+        error = brief(next(iter(e.failures.values()))[0])
+        raise CheckpointError(f'{folder}: damaged, or a part is missing: {error}') from e
+    whole = dict(model_state_dict=state['model'], optim_state_dict=state['opt'])
+    set_state_dict(_one_module(learn), learn.opt, **whole)
