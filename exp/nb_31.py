@@ -14,11 +14,11 @@ from functools import wraps
 from pathlib import Path
 import torch
 import torch.distributed as dist
+import torch.utils.data as torch_data
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
-from torch.utils.data import Subset
 from .nb_00 import set_seed
 from .nb_04 import DataLoader, Dataset, Sampler
 from .nb_05 import Metric, brief, is_sum
@@ -379,7 +379,8 @@ def _rows_of(dl):
     "Length of the dataset, number of batches, and a checksum of three rows, or of where they are."
     if dl is None: return None
     n, ds = len(dl.ds), dl.ds
-    held = ds.tensors if isinstance(ds, Dataset) else [ds.indices] if isinstance(ds, Subset) else []
+    is_subset = isinstance(ds, torch_data.Subset)
+    held = ds.tensors if isinstance(ds, Dataset) else [ds.indices] if is_subset else []
     return [n, len(dl), [_checksum(t[i]) for t in held for i in (0, n//2, n - 1)] if n else []]
 
 def _check_alike(learn, own):
@@ -417,12 +418,18 @@ def _tail(dl):
     "Rows of a last, shorter batch, 0 if there is none."
     return 0 if dl.batches.drop_last else len(dl.ds)%dl.batches.bs
 
+# %% ../nbs/31_distributed.ipynb #310227
+def _other_loader(dl):
+    "In words, what is no loader that can be divided."
+    if isinstance(dl, torch_data.DataLoader): return "one of torch's: the other takes the same dataset"
+    if not isinstance(dl, DataLoader): return brief(dl)
+    if dl.batches is None: return 'one of an IterableDataset'
+    return "one with an order of torch's: leave out sampler and generator"
+
 def _check_loader(dl, kind, size):
     if not isinstance(dl, DataLoader) or not isinstance(dl.batches, Sampler):
-        found = brief(dl) if not isinstance(dl, DataLoader) else 'one of an IterableDataset' \
-            if dl.batches is None else "one with an order of torch's: leave out sampler and generator"
         raise ValueError(f'expected a DataLoader of exp.nb_04 that makes its own batches as {kind} data, '
-                         f'to give each process a part, got {found}')
+                         f'to give each process a part, got {_other_loader(dl)}')
     tail, bs = _tail(dl), dl.batches.bs  # `dl.bs` is a default, if it was given batches
     needed = kind == 'training' or tail == len(dl.ds)  # there must be something to validate on
     if bs < size or needed and 0 < tail < size:
@@ -430,7 +437,6 @@ def _check_loader(dl, kind, size):
         raise ValueError(f'expected {kind} batches of at least {size} rows, one for each process, got one '
                          f'of {rows}: another bs, or drop_last=True')
 
-# %% ../nbs/31_distributed.ipynb #310227
 def _check_loaders(learn, own):
     "Raise `ValueError` for loaders that can't be divided."
     for dl, kind in zip(learn.dls, ('training', 'validation')):

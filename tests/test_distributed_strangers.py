@@ -237,7 +237,7 @@ class Stream(torch_data.IterableDataset):
 def loaders_that_cant_be_divided(rank, folder):
     ds, learn = torch_data.TensorDataset(*data(640).tensors), new_learner()
     order = dict(sampler=torch_data.DistributedSampler(ds, 2, rank)), dict(shuffle=True, generator=torch.Generator())
-    for words, dl in [('got one of an IterableDataset', DataLoader(Stream())), ('got <torch.utils.data', torch_data.DataLoader(ds)),
+    for words, dl in [('got one of an IterableDataset', DataLoader(Stream())), ("got one of torch's: the other takes the same dataset", torch_data.DataLoader(ds)),
                       *(("one with an order of torch's: leave out sampler and generator", DataLoader(ds, **o)) for o in order)]:
         learn.dls = dl, None
         refused(f'expected a DataLoader of exp.nb_04 .*{words}', lambda: fit(learn))
