@@ -596,7 +596,7 @@ def load_sharded(learn, # Learner with the same weights, sharded or not, on as m
     theirs = {name: tuple(o.size) for name, o in saved.items() if hasattr(o, 'size')}
     own = _sizes(state)
     for name in {**own, **theirs}:
-        if 'param_groups' in name or own.get(name) == theirs.get(name): continue
+        if name.startswith('opt.param_groups') or own.get(name) == theirs.get(name): continue
         raise CheckpointError(f'{folder}: made by another Learner: expected {name} {own.get(name)}, '
                               f'found {theirs.get(name)}')
     try:

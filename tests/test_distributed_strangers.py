@@ -1,5 +1,5 @@
 "What programs do that were not written with several processes in mind: each case once went wrong in silence, or hung."
-import os, re, shutil, signal, time, traceback
+import faulthandler, os, re, shutil, signal, time, traceback
 from functools import partial
 from pathlib import Path
 import pytest
@@ -11,11 +11,11 @@ from exp.nb_00 import set_seed
 from exp.nb_03 import accuracy
 from exp.nb_04 import DataLoader, Dataset, Sampler
 from exp.nb_05 import Metric
-from exp.nb_10 import Callback, CancelBatch, Learner
+from exp.nb_10 import Callback, CancelBatch, CancelEpoch, CancelFit, Learner
 from exp.nb_12 import SGD, AdamW
 from exp.nb_13 import Checkpoint, CheckpointError, EarlyStopping, SaveBest
 from exp.nb_31 import Distributed, Team, load_sharded, save_sharded
-from test_distributed import batch_norm, data, mlp, new_learner, pytestmark as needs_fork, ranks
+from test_distributed import batch_norm, data, dist_rank, mlp, new_learner, pytestmark as needs_fork, ranks
 
 pytestmark = needs_fork
 
@@ -291,6 +291,33 @@ def metrics_that_add_up_nothing(rank, folder):
     fit(learn)
 
 
+# Numbers of one's own
+
+def smooth(pred, target): return F.cross_entropy(pred, target, label_smoothing=0.1)
+def put_smooth(learn):
+    if learn.training: learn.loss = smooth(learn.pred, learn.yb)
+
+@case
+def a_loss_of_ones_own(rank, folder):
+    one, two = new_learner(), new_learner()
+    one.fit(2, cbs=Do('after_loss', put_smooth, order=-9))
+    fit(two, Do('after_loss', put_smooth, order=-9))
+    near(vector(two), vector(one))
+    near(two.recorder.losses, one.recorder.losses)
+    alike(two.recorder.losses)
+
+@case
+def a_result_of_ones_own(rank, folder):
+    sizes = []
+    def measure(learn):
+        pred, target = learn.get_preds()
+        sizes.append(len(pred))
+        learn.results['own'] = learn.team.broadcast(accuracy(pred, target).item())
+    learn = fit(new_learner(), Do('after_epoch', measure), EarlyStopping('own', patience=1, mode='max'), epochs=6)
+    assert set(sizes) == {65}
+    alike(len(learn.recorder.epochs))
+
+
 # Parts of the weights
 
 class Vit(nn.Module):
@@ -491,10 +518,10 @@ def test_killed_while_it_saves(tmp_path):
 
 
 def left_alone(rank, path):
-    team = Team(timeout=2)
+    Team(timeout=2)
+    team = Team(timeout=600)  # the first one counts
     if rank == 1: return time.sleep(4)
-    for call in (lambda: team.sum(torch.ones(1)),):
-        with pytest.raises(ConnectionError, match='rank 0 of 2, in sum: another rank has ended, or does something else'): call()
+    with pytest.raises(ConnectionError, match='rank 0 of 2, in sum: another rank has ended, or does something else'): team.sum(torch.ones(1))
     path.write_text('told')
     os._exit(0)
 
@@ -502,3 +529,31 @@ def test_who_waits_is_told(tmp_path):
     try: ranks(partial(left_alone, path=tmp_path/'told'), 2, tmp_path/'a', seconds=30)
     except Exception: pass  # rank 1 finds nobody at the end
     assert (tmp_path/'told').read_text() == 'told'
+
+
+class UsedByOne(nn.Module):
+    "A layer that only rank 0 uses."
+    def __init__(self):
+        super().__init__()
+        self.always, self.first = nn.Linear(16, 3), nn.Linear(16, 3)
+    def forward(self, x): return self.always(x) + (self.first(x) if dist_rank() == 0 and self.training else 0)
+
+def leave(learn): raise CancelFit
+def leave_epoch(learn): raise CancelEpoch
+
+PARTING = {
+    'a fit that one rank leaves': dict(cbs=[Do('after_batch', on_rank_1(leave))]),
+    'an epoch that one rank leaves': dict(cbs=[Do('after_batch', on_rank_1(leave_epoch))]),
+    'a batch that one rank skips': dict(cbs=[Do('after_backward', on_rank_1(skip), order=-20)]),
+    'a validation by one rank': dict(cbs=[Do('after_epoch', lambda learn: learn.team.rank or learn.validate(), order=50)]),
+    'a layer of one rank': dict(model=UsedByOne, strategy='fsdp')}
+
+def parting(rank, cbs=(), strategy='ddp', **options):
+    faulthandler.disable()  # PyTorch aborts where two sums don't match
+    torch_learner(**options).fit(3, cbs=[Distributed(strategy, timeout=2), *cbs])
+
+@pytest.mark.parametrize('options', PARTING.values(), ids=PARTING)
+def test_what_ends_the_job(options, tmp_path):
+    "No rank goes on alone."
+    with pytest.raises(Exception) as e: ranks(partial(parting, **options), 2, tmp_path/'a', seconds=40)
+    assert not isinstance(e.value, TimeoutError)
