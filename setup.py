@@ -24,7 +24,7 @@ setup(
     package_data={lib: cfg['package_data'].split()},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'site')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'site', 'export')},
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Education',
                  'Natural Language :: English', 'Programming Language :: Python :: 3'],

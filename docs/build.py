@@ -11,6 +11,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 PAGES, BUILT, OUT = ROOT/'_proc/pages', ROOT/'_proc/html', ROOT/'_docs'
 NOTEBOOKS = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
+DRAW = '<a href="draw.html">Draw a digit</a>, and see what the network of [23_resnet](23_resnet.ipynb) reads.'
 MATHJAX = ROOT/'.venv'/'npm'/'mathjax'/'es5'/'tex-svg.js'
 
 
@@ -45,7 +46,7 @@ def landing(parts):
     last = rest.strip().split('\n\n')[-1]
     picture = re.findall(r'^!\[.*\)$', commands, re.M)[-1]
     two = [f'```\n{command}\n```\n\n{says.replace(chr(10), " ")}\n' for command, says in re.findall(r'^```\n(make \w+)\n```\n\n([^.]+\.)', commands, re.M)]
-    out = [title, '', quote, '', last, '', picture, '', '## Two commands', '', *two, 'More of it: [getting started](start.md).', '', '## The map', '', the_map]
+    out = [title, '', quote, '', last, '', picture, '', DRAW, '', '## Two commands', '', *two, 'More of it: [getting started](start.md).', '', '## The map', '', the_map]
     group, groups = None, {}
     for line in the_map.splitlines():
         if m := re.match(r'\| \*\*(.+?)\*\*', line): group = groups.setdefault(m[1], [])
@@ -113,6 +114,15 @@ def accessible(text):
     return re.sub(r'(<button class="[^"]*search-button-field[^>]*?) aria-label="Search"', r'\1', text)
 
 
+def draw_page(path):
+    "The page to draw a digit on, of the network that comes with the library, with a way back."
+    from exp.nb_01 import get_test_data
+    from exp.nb_23 import load_pretrained
+    from exp.nb_32 import export_model
+    text = export_model(load_pretrained(), path, get_test_data()[0][:500]).read_text(encoding='utf-8')
+    path.write_text(text.replace('</main>', '<p><a href="index.html">To the notebooks</a></p>\n</main>'), encoding='utf-8')
+
+
 def main():
     write_pages()
     subprocess.run([sys.executable, '-m', 'sphinx', '-b', 'html', '-q', '-j', 'auto', '-W', '--keep-going', '-c', HERE, PAGES, BUILT], check=True,
@@ -120,6 +130,7 @@ def main():
     shutil.copy(MATHJAX, BUILT/'_static')
     for page in BUILT.rglob('*.html'): page.write_text(accessible(page.read_text(encoding='utf-8')), encoding='utf-8')
     for path in NOTEBOOKS: shutil.copy(path, BUILT/'_sources'/path.name)  # to download: the notebook itself
+    draw_page(BUILT/'draw.html')
     shutil.rmtree(BUILT/'.doctrees')
     shutil.rmtree(OUT, ignore_errors=True)
     BUILT.rename(OUT)  # a site that is whole takes the place of the old one

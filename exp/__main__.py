@@ -8,6 +8,8 @@ To train on MNIST, which is in the package, and see the results:
     exp_train --model cnn --test          (all options: exp_train --help)
 To list and compare such runs:
     exp_runs
+To draw a digit on a page that reads it:
+    exp_draw
 In Python:
     from exp.nb_10 import Learner         (module nb_NN is what notebook NN exports)
     from exp.all import *                 (all of it, for a scratch notebook)

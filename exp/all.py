@@ -29,3 +29,5 @@ from exp.nb_23 import *
 from exp.nb_24 import *
 from exp.nb_25 import *
 from exp.nb_30 import *
+from exp.nb_31 import *
+from exp.nb_32 import *

@@ -135,7 +135,7 @@ class Learner(_Batch):
     running, depth = (), 0    # the callbacks that take part now, and how many fits and passes are open
     fitting = failed = False  # whether this is a pass of a fit, and whether an error has ended a phase of it
     training = iter = n_iter = epoch = n_epochs = max_batches = None  # where a fit is, and when it ends
-    opt = _made = _told = None  # the optimizer, what it was made of, what was said about missing parameters
+    opt = _made = _told = team = None  # the optimizer, what it was made of, what it misses; of 31
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -592,7 +592,7 @@ class Metrics(Callback):
     def before_epoch(self, learn):
         for m in self.sets[True] + self.sets[False]: m.reset()
 
-    def after_epoch(self, learn): learn.results = self.read()
+    def after_epoch(self, learn): learn.results = self.read(learn.team)
 
     def check_columns(self):
         names = [*self.columns[True], *self.columns[False], 'epoch', 'seconds']
@@ -628,8 +628,11 @@ def _first_value(metric):
 
 # %% ../nbs/10_learner.ipynb #100208
 @patch
-def read(self:Metrics) -> dict: # name -> number
+def read(self:Metrics,
+         team=None, # of processes, each of which has measured a part of the rows
+        ) -> dict: # name -> number
     "What was measured so far, in one transfer from the device."
+    if team: team.add_up(self.sets)
     values = {}
     for training, (loss, *others) in self.sets.items():
         if not loss.begun: continue
@@ -929,7 +932,7 @@ def validate(self:Learner,
     dl, metrics = self.loader(dl), Metrics()
     metrics.begin(self, apart=self.depth > 0)
     self._pass_for(metrics, dl)
-    return metrics.read()
+    return metrics.read(self.team)
 
 @patch
 def loader(self:Learner,

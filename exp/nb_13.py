@@ -179,6 +179,8 @@ def _readable(value, path, where=''):
     Raises `CheckpointError` for what has no such form; `where`: its place in the whole."""
     if isinstance(value, np.generic): value = value.item()
     kind = type(value)
+    if hasattr(value, 'full_tensor'):
+        raise CheckpointError(f'{path}: expected whole tensors, found a sharded one in {where}')
     if kind in _PLAIN: return value
     if kind in (list, tuple):
         if {type(v) for v in value} <= _PLAIN: return value  # at once, since it may be long
@@ -686,9 +688,10 @@ def before_fit(self:Checkpoint, learn):
                       n_iter=length_hint(learn.dls[0], -1), max_batches=learn.max_batches)
     self.signals, self.lock = _Signals(), _FolderLock(self.folder)  # new ones, for a fit within a fit
     problem, path = self.lock.take(), last_checkpoint(self.folder)
+    if learn.team: path = learn.team.broadcast(path)
     if path and not self.resume:
         raise FileExistsError(f'expected an empty folder or resume=True, found {path}')
-    if path: self._go_on(learn, read_checkpoint(path), path)
+    if path: self._go_on(learn, _of_rank(read_checkpoint(path), learn.team, path), path)
     if problem and learn.epoch < learn.n_epochs: raise problem  # a finished fit may lie where one can't write
     for name, m in _parts(learn).items(): _readable({name: dict(_state(m))}, self.folder)
     _clear_parts(self.folder, 'epoch*-batch*.pt')
@@ -706,7 +709,7 @@ def before_epoch(self:Checkpoint, learn):
 @patch
 def after_batch(self:Checkpoint, learn):
     if not learn.training: return
-    done, asked = learn.iter + 1, self.signals.asked
+    done, asked = learn.iter + 1, self._agreed(learn)
     due = asked or (self.every and done - self.last >= self.every)
     if due and learn.loss.isfinite(): self._save(learn, learn.epoch, done)
     if asked: self.signals.release()
@@ -715,7 +718,14 @@ def after_batch(self:Checkpoint, learn):
 def after_epoch(self:Checkpoint, learn):
     if self.monitor and self.improved(learn): self.best_name = _file_name(learn.epoch + 1, 0)
     self._save(learn, learn.epoch + 1, 0)
-    if self.signals.asked: self.signals.release()
+    if self._agreed(learn): self.signals.release()
+
+@patch
+def _agreed(self:Checkpoint, learn):
+    "The signal that has come; of several processes, to any of them."
+    if not learn.team: return self.signals.asked
+    if learn.team.asked: self.signals.asked = self.signals.asked or learn.team.asked
+    return learn.team.asked
 
 def _file_name(epoch, done): return f'epoch{epoch:04}-batch{done:06}.pt'
 
@@ -726,7 +736,11 @@ def _save(self:Checkpoint, learn, epoch, done):
     where = dict(epoch=epoch, iter=done, ended=learn.n_epochs < self.planned,
                  random=self.random, now=get_rng_state(self.loaders), **self.terms)
     path = self.folder/_file_name(epoch, done)
-    _write(_readable(_state_of(learn, self.dls) | dict(fit=where), path), path)
+    state = _state_of(learn, self.dls) | dict(fit=where)
+    if learn.team:
+        state['ranks'] = learn.team.gather(_part_of(state, learn))
+        if learn.team.rank: return  # the first process writes
+    _write(_readable(state, path), path)
     for old in _checkpoints(self.folder)[:-self.keep]:
         if old.name != self.best_name: old.unlink(missing_ok=True)
 
@@ -793,6 +807,26 @@ def _give_state(cb, state):
         new.clear()
         new.update(value)
 
+# %% ../nbs/13_checkpoints.ipynb #130501
+def _part_of(state, learn):
+    "What one of several processes has of its own: random states, callbacks' states, buffers."
+    names = {name for name, _ in _inner(learn.model).named_buffers()}
+    buffers, where = {name: v for name, v in state['model'].items() if name in names}, state['fit']
+    return dict(random=state['random'], begun=where['random'], now=where['now'], cbs=state['cbs'],
+                buffers=buffers)
+
+def _of_rank(state, team, path):
+    "A checkpoint as one of several processes sees it; raises `CheckpointError` for another number of them."
+    parts, rank, size = state.get('ranks') or [], team.rank if team else 0, team.size if team else 1
+    if state.get('fit', {}).get('iter') and max(1, len(parts)) != size:
+        raise CheckpointError(f'{path}: expected {size} processes, as now, found a part of an epoch of '
+                              f'{max(1, len(parts))}: go on with as many, or from the end of an epoch')
+    if rank >= len(parts): return state
+    part = parts[rank]
+    return state | dict(random=part['random'], cbs=part['cbs'],
+                        model=_ordered(state['model'] | part['buffers'], state['model']),
+                        fit=state['fit'] | dict(random=part['begun'], now=part['now']))
+
 # %% ../nbs/13_checkpoints.ipynb #130073
 class SaveBest(Monitor):
     "Saves the weights of the best epoch, and puts them into the model after the fit, also after `CancelFit`."
@@ -813,7 +847,8 @@ class SaveBest(Monitor):
         self.looking = True
 
     def after_epoch(self, learn):
-        if self.improved(learn): _write_weights(_parts(learn), self.path)
+        first = not learn.team or learn.team.rank == 0  # of several processes
+        if self.improved(learn) and first: _write_weights(_parts(learn), self.path)
 
     def cleanup_fit(self, learn):
         looking, self.looking = self.looking, False
@@ -823,6 +858,7 @@ class SaveBest(Monitor):
 @patch
 def after_fit(self:SaveBest, learn):
     if self.best == -math.inf: return
+    if learn.team: learn.team.wait()  # until the first process has written it
     found = _read_weights(self.path)
     try: _fill_or_keep(_parts(learn), found, self.path)
     except CheckpointError as e:  # layers were changed after the best epoch

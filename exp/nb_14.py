@@ -185,11 +185,15 @@ def _write_json(value, path):
     with atomic_write(path) as file: file.write((json.dumps(value, indent=1) + '\n').encode())
 
 def _begin_run(config, n_in, out): # n_in: pixels of an image; returns the folder
-    "A new folder, with the settings in it, the versions of what computes, and the kind of device."
+    "A new folder, or that of a job begun again: settings, versions of what computes, kind of device."
+    job = _job()
+    folder = job and _folder_of(job, config, out)
+    if folder: return folder
     folder = _new_folder(config.name, out)
     made = dict(exp=exp.__version__, torch=str(torch.__version__), python=platform.python_version(),
                 system=platform.system(), machine=platform.machine(), trained_on=_device(config.device).type)
     about = dict(format=RUN_FORMAT, settings=asdict(config), versions=made, n_in=n_in)
+    if job: about['job'] = job
     _write_json(about, folder/'config.json')
     return folder
 
@@ -340,13 +344,15 @@ def _read_json(path):
     return value
 
 # %% ../nbs/14_experiments.ipynb #140029
-def _train(learn, config, folder, test_ds):
+def _train(learn, config, folder, test_ds, team=None):
     log = _Log(folder)  # takes the place of the Learner's own Progress
-    cbs = [log, Scheduler(lr=SCHEDULES[config.sched](config.lr)),
+    cbs = [Scheduler(lr=SCHEDULES[config.sched](config.lr)),
            SaveBest(folder/'model.safetensors', 'accuracy'),
            Checkpoint(folder/'checkpoint', keep=2, monitor=None, resume=True)]
+    if team: cbs.append(resolve_name('exp.nb_31:Distributed')())
+    if team and team.rank: return learn.fit(config.epochs, cbs=cbs)  # the first one tells and writes
     if config.tensorboard: cbs.append(_TensorBoard(folder))
-    try: learn.fit(config.epochs, cbs=cbs)
+    try: learn.fit(config.epochs, cbs=[log, *cbs])
     except KeyboardInterrupt:
         log.say(f'interrupted; to go on: exp_train --resume {shlex.quote(str(folder))}')
         raise
@@ -375,11 +381,12 @@ def exp_train(resume:str=None, # a run to go on with: its folder, or its name in
     folder = _find_run(resume, out) if resume else None
     config = _stored_settings(folder, settings) if resume else _new_settings(settings)
     with _one_thread():
+        team = _team()
         learn = make_learner(config)
         n_in = learn.dls[0].ds.x.shape[1]
         test_ds = _test_set(config, _device(config.device), n_in)
-        if not resume: folder = _begin_run(config, n_in, out)
-        _train(learn, config, folder, test_ds if test else None)
+        if not resume: folder = _once(team, partial(_begin_run, config, n_in, out))
+        _train(learn, config, folder, test_ds if test else None, team)
     return folder
 
 def _new_settings(settings):
@@ -388,6 +395,26 @@ def _new_settings(settings):
     config = Settings(**{**_suited(settings), **settings})
     if config.data_dir: config.data_dir = str(Path(config.data_dir).expanduser().resolve())
     return config
+
+# %% ../nbs/14_experiments.ipynb #140401
+def _team():
+    "The processes that torchrun has started, if there are several."
+    if int(os.environ.get('WORLD_SIZE', 1)) < 2 or 'RANK' not in os.environ: return None
+    return resolve_name('exp.nb_31:Team')()
+
+def _once(team, func): return team.once(func) if team else func()
+
+def _job():
+    "A name for what torchrun has started, the same when it begins again; None without it."
+    name = os.environ.get('TORCHELASTIC_RUN_ID')
+    return name and f'{name} {platform.node()} {os.getppid()}'
+
+def _folder_of(job, config, out):
+    "The folder of a run that this job has begun before it was begun again."
+    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0': return None
+    for folder in _run_folders(out)[::-1]:
+        about = _read_json(folder/'config.json')
+        if about.get('job') == job and about.get('settings') == asdict(config): return folder
 
 # %% ../nbs/14_experiments.ipynb #140253
 def _suited(settings):

@@ -41,7 +41,7 @@ def as_images(x:Tensor, # (n, channels*side*side), or images already
     if x.ndim != 2 or channels*side**2 != x.shape[1]:
         expected = f'images (n, {channels}, h, w), or rows of square ones'
         raise ValueError(f'expected {expected}, got {tuple(x.shape)}')
-    return x.reshape(len(x), channels, side, side)
+    return x.reshape(x.shape[0], channels, side, side)
 
 # %% ../nbs/20_convolutions.ipynb #200414
 class SimpleCNN(nn.Module):
