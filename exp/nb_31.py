@@ -183,7 +183,7 @@ def once(self:Team, func): # called without arguments, on rank 0
     if text: raise RuntimeError(f'rank 0: {text}')
     return self.broadcast(value)
 
-# %% ../nbs/31_distributed.ipynb #310237
+# %% ../nbs/31_distributed.ipynb #310260
 @patch
 def gather_all(self:Team, value): # any object
     "A list of what all ranks have, on each of them."
@@ -479,6 +479,8 @@ def _layers(model):
 def _check_layers(learn, own):
     "Raise `ValueError` for weights that can't be divided layer by layer."
     if own.strategy == 'ddp' or any(map(_is_part, learn.model.parameters())): return
+    from torch.distributed import fsdp
+    if not hasattr(fsdp, 'fully_shard'): _refuse(own, f'PyTorch 2.6 or newer, got {torch.__version__}')
     layers = _layers(learn.model)
     inside = {id(m) for layer in layers for m in layer.modules()}
     rest = {id(p) for m in learn.model.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
@@ -496,14 +498,13 @@ def _shard(learn, own):
     if learn.opt.state:
         _refuse(own, 'a new optimizer, got one that has taken steps: reset_opt=True makes one; to go on with '
                      'what load_sharded reads, call it in the before_fit of a callback')
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed import device_mesh, fsdp
     whole, old = [p for m in learn.modules for p in m.parameters()], learn.opt
     learn.create_opt()
     by_hand = type(learn.opt) is not type(old) or _owners(learn.opt) != _owners(old)
-    mesh = init_device_mesh(next(learn.model.parameters()).device.type, (own.team.size,))
-    for layer in _layers(learn.model): fully_shard(layer, mesh=mesh)
-    fully_shard(learn.model, mesh=mesh, reshard_after_forward=True)  # also where no backward pass follows
+    mesh = device_mesh.init_device_mesh(next(learn.model.parameters()).device.type, (own.team.size,))
+    for layer in _layers(learn.model): fsdp.fully_shard(layer, mesh=mesh)
+    fsdp.fully_shard(learn.model, mesh=mesh, reshard_after_forward=True)  # also without a backward pass
     new = dict(zip(map(id, whole), [p for m in learn.modules for p in m.parameters()]))
     groups = [group | dict(params=[new.get(id(p), p) for p in group['params']]) for group in old.param_groups]
     if by_hand: learn.opt = type(old)(groups)

@@ -489,7 +489,10 @@ def a_folder_with_other_files(rank, folder):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_case(name, found): assert [f[name] for f in found] == [None, None], '\n'.join(map(str, (f[name] for f in found)))
+def test_case(name, found):
+    told = [f[name] for f in found]
+    if 'PyTorch 2.6 or newer' in str(told): pytest.skip("'fsdp' needs PyTorch 2.6")
+    assert told == [None, None], '\n'.join(map(str, told))
 
 
 # What ends processes, each in a group of its own
