@@ -196,47 +196,32 @@ def _chain(model):
     if isinstance(model, SimpleCNN): return [*_chain(model.body), nn.AdaptiveAvgPool2d(1), model.head]
     return [] if isinstance(model, (nn.Identity, nn.Dropout, nn.Flatten)) else [model]
 
-def _as_usual(layer, usual):
-    "Raise `ValueError` for options that the page doesn't have."
-    if repr(layer) != repr(usual):
-        raise ValueError(f'a page can have {usual}, and not {layer}')
-
 # %% ../nbs/32_deployment.ipynb #320081
 def _conv(m):
-    n, stride, padding = m.kernel_size[0], m.stride[0], m.padding[0]
-    _as_usual(m, nn.Conv2d(m.in_channels, m.out_channels, n, stride, padding, bias=m.bias is not None))
-    return dict(op='conv', size=n, stride=stride, padding=padding), m.weight, m.bias
+    entry = dict(op='conv', size=m.kernel_size[0], stride=m.stride[0], padding=m.padding[0])
+    return entry, m.weight, m.bias
 
 def _scale(m):
-    _as_usual(m, nn.BatchNorm2d(m.num_features, m.eps, m.momentum))
     w = m.weight/(m.running_var + m.eps).sqrt()
     return dict(op='scale'), w[:, None], m.bias - w*m.running_mean
 
-def _pool(m):
-    _as_usual(m, nn.MaxPool2d(m.kernel_size))
-    return dict(op='pool', size=m.kernel_size), None, None
-
 _ENTRIES = {  # class of a layer -> function (layer) -> its entry, its weights and its bias, or None
-    nn.Conv2d: _conv, nn.BatchNorm2d: _scale, nn.MaxPool2d: _pool,
+    nn.Conv2d: _conv, nn.BatchNorm2d: _scale,
     nn.Linear: lambda m: (dict(op='linear'), m.weight, m.bias),
+    nn.MaxPool2d: lambda m: (dict(op='pool', size=m.kernel_size), None, None),
     nn.ReLU: lambda m: (dict(op='relu'), None, None),
     nn.AdaptiveAvgPool2d: lambda m: (dict(op='mean'), None, None),
     Crop: lambda m: (dict(op='crop', border=m.border), None, None),
     Unshuffle: lambda m: (dict(op='unshuffle'), None, None)}
 
 # %% ../nbs/32_deployment.ipynb #320082
-def _entry(layer):
-    if type(layer) not in _ENTRIES:
-        known = ', '.join(kind.__name__ for kind in _ENTRIES)
-        raise ValueError(f'a page can have chains of {known}, and no {type(layer).__name__}')
-    return _ENTRIES[type(layer)](layer)
-
 def _base64(values, kind): return base64.b64encode(values.detach().numpy().astype(kind).tobytes()).decode()
 
 def _network(model):
     "A network as what JSON can hold: entries of layers, weights as bytes, scales and biases as float32."
     layers, whole, others = [], [torch.empty(0)], [torch.empty(0)]
-    for entry, w, bias in map(_entry, _chain(model)):
+    for layer in _chain(model):
+        entry, w, bias = _ENTRIES[type(layer)](layer)
         if w is not None:
             q, scale = quantize(w)
             entry |= dict(rows=len(w), columns=w[0].numel())
@@ -257,10 +242,9 @@ _OPS = {  # name of an entry -> function (inputs, entry, weights, bias)
 
 def _numbers(text, kind): return torch.from_numpy(np.frombuffer(base64.b64decode(text), kind).copy())
 
-def _from_html(data):
-    found = re.search(r'<script type="application/json" id="network">(.*?)</script>', data.decode(), re.S)
-    if not found: raise ValueError('there is no network in it')
-    network, layers = json.loads(found[1]), []
+def _run_of_network(network):
+    "What `_network` gives, as a function (images) -> scores."
+    layers = []
     whole, others = _numbers(network['whole'], 'i1'), _numbers(network['others'], '<f4')
     for l in network['layers']:
         n, size, w, b = l.get('rows', 0), l.get('rows', 0)*l.get('columns', 0), None, None
@@ -453,13 +437,35 @@ button { font: inherit; padding: .3rem 1.2rem; } figure { margin: 1rem 0; } #sai
 '''
 
 # %% ../nbs/32_deployment.ipynb #320100
+_USUAL = {  # class of a layer -> function (layer) -> a layer with the options that a page can have
+    nn.Conv2d: lambda m: nn.Conv2d(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0], m.padding[0],
+                                   bias=m.bias is not None),
+    nn.BatchNorm2d: lambda m: nn.BatchNorm2d(m.num_features, m.eps, m.momentum),
+    nn.MaxPool2d: lambda m: nn.MaxPool2d(m.kernel_size)}
+
+def _check_layer(layer):
+    "Raise `ValueError` for a layer that a page can't have, or for its options."
+    if type(layer) not in _ENTRIES:
+        known = ', '.join(kind.__name__ for kind in _ENTRIES)
+        raise ValueError(f'a page can have chains of {known}, and no {type(layer).__name__}')
+    usual = _USUAL[type(layer)](layer) if type(layer) in _USUAL else layer
+    if repr(layer) != repr(usual): raise ValueError(f'a page can have {usual}, and not {layer}')
+
 def _to_html(model, args):
     if len(args) > 1 or args[0][0].numel() != 784:
         raise ValueError(f'a page takes images of 28 x 28, and no {_in_words(args)}')
-    network, n = _network(model), sum(p.numel() for p in model.parameters())
-    parts = dict(NAME=type(model).__name__, WEIGHTS=f'{n:,}', DATA=json.dumps(network, separators=(',', ':')),
+    for layer in _chain(model): _check_layer(layer)
+    n = sum(p.numel() for p in model.parameters())
+    network = json.dumps(_network(model), separators=(',', ':'))
+    parts = dict(NAME=type(model).__name__, WEIGHTS=f'{n:,}', DATA=network,
                  SCRIPT=_NETWORK + _LAYERS + _PREDICT + _SEE + _DRAW + _HAND)
     return re.sub('|'.join(parts), lambda found: parts[found[0]], _PAGE).encode()
+
+# %% ../nbs/32_deployment.ipynb #320142
+def _from_html(data):
+    found = re.search(r'<script type="application/json" id="network">(.*?)</script>', data.decode(), re.S)
+    if not found: raise ValueError('there is no network in it')
+    return _run_of_network(json.loads(found[1]))
 
 _FORMS['.html'] = _to_html, _from_html, 0.1
 
