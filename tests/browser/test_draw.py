@@ -150,6 +150,42 @@ def test_a_finger_on_a_phone(visit, served):
     assert page.evaluate('() => scrollY') == 0 and visit.faults == []
 
 
+def test_a_pointer_that_leaves_the_square(visit, served):
+    "It still draws where it comes back, and no longer draws when it was let go outside."
+    page = visit.page
+    page.goto(f'{served[0]}/draw.html')
+    box = page.locator('#board').bounding_box()
+    def move(x, y): page.mouse.move(box['x'] + box['width']*x, box['y'] + box['height']*y)
+    def ink(): return page.evaluate('() => pen.getImageData(0, 0, 280, 280).data.reduce((s, v, i) => s + (i % 4 == 3 && v > 0), 0)')
+    move(0.5, 0.2)
+    page.mouse.down()
+    move(1.2, 0.2)
+    once = ink()
+    move(0.5, 0.8)
+    assert ink() > once > 0
+    move(1.2, 0.8)
+    page.mouse.up()
+    once = ink()
+    move(0.2, 0.5)
+    assert ink() == once and visit.faults == []
+
+
+def test_one_answer_for_each_picture_on_the_screen(visit, served):
+    "However often the pointer moves in between."
+    visit.page.goto(f'{served[0]}/draw.html')
+    asked = visit.page.evaluate('''async () => {
+        const before = predict, frame = () => new Promise(requestAnimationFrame);
+        let asked = 0;
+        predict = pixels => { asked++; return before(pixels); };
+        from = [100, 100];
+        await frame();
+        for (let i = 0; i < 200; i++) line([100 + i/2, 150]);
+        await frame(), await frame();
+        return asked;
+    }''')
+    assert asked == 1 and visit.faults == []
+
+
 def test_on_the_site(visit, site):
     "The front page leads to it, and it leads back."
     if not (SITE/'draw.html').exists(): pytest.skip('the site is older than this page: make browser')
