@@ -127,11 +127,11 @@ def export_model(learn, # a Learner or a model; is afterwards as it was before
     """Write a network as a program for any number of rows, if it gives the same scores when it is read back.
     Raises `ValueError` if it can't be exported or differs, `ImportError` without what .onnx needs."""
     path = Path(path).expanduser()
-    write, read, tolerance = _form(path)
+    write, read, tolerance = _form(path)  # rule 2
     model = learn.model if isinstance(learn, Learner) else learn
     model = getattr(model, '_orig_mod', model)  # of a compiled model
     if not isinstance(model, nn.Module): raise TypeError(f'expected a Learner or a model, got {brief(learn)}')
-    args, model = _inputs(example), copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    args, model = _inputs(example), copy.deepcopy(model).cpu().eval().requires_grad_(False)  # rule 1
     try:
         with torch.no_grad(): model(*args)
     except Exception as error:
@@ -140,13 +140,13 @@ def export_model(learn, # a Learner or a model; is afterwards as it was before
     try:
         with _quiet():
             data = write(model, tuple(x[:2].clone() for x in args))
-            run = read(data)
+            run = read(data)  # rule 3
     except (ImportError, OSError): raise
     except Exception as error:
         raise ValueError(f'expected a model that can be exported as {path.suffix}, got one of '
                          f'{type(model).__name__} that can\'t: {_reason(error)}') from error
-    _compare(run, model, args, path, tolerance)
-    with atomic_write(path) as file: file.write(data)
+    _compare(run, model, args, path, tolerance)  # rule 3
+    with atomic_write(path) as file: file.write(data)  # rule 4
     return path
 
 # %% ../nbs/32_deployment.ipynb #320053
