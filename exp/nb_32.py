@@ -6,7 +6,8 @@
 __all__ = ['export_model', 'load_exported', 'quantize', 'dequantize', 'exp_draw']
 
 # %% ../nbs/32_deployment.ipynb #320003
-import argparse, base64, copy, errno, http.server, io, json, logging, re, sys, warnings, webbrowser
+import argparse, base64, copy, errno, http.server, io, json, logging, re, sys, threading
+import warnings, webbrowser, zipfile, zlib
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,19 +22,23 @@ from .nb_05 import brief
 from .nb_10 import Learner
 from .nb_13 import atomic_write
 from .nb_14 import load_run, read_settings
+from .nb_15 import BatchTransform
 from .nb_20 import SimpleCNN
 from .nb_23 import Crop, FastCNN, Unshuffle, load_pretrained
 
 # %% ../nbs/32_deployment.ipynb #320025
+_alone = threading.RLock()  # the screen and the loggers belong to all threads
+
 @contextmanager
 def _quiet():
-    "Without what exporters print and log."
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), \
-             warnings.catch_warnings(action='ignore'): yield
-    finally: logging.disable(before)
+    "Without what exporters print and log, or other threads meanwhile; for one thread at a time."
+    with _alone:
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), \
+                 warnings.catch_warnings(action='ignore'): yield
+        finally: logging.disable(before)
 
 # %% ../nbs/32_deployment.ipynb #320044
 def _shapes(args):
@@ -46,7 +51,10 @@ def _to_pt2(model, args):
     torch.export.save(torch.export.export(model, args, dynamic_shapes=_shapes(args)), file)
     return file.getvalue()
 
-def _from_pt2(data): return torch.export.load(io.BytesIO(data)).module()
+def _from_pt2(data):
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        if bad := file.testzip(): raise ValueError(f'the checksum of {bad} is another')  # PyTorch doesn't look
+    return torch.export.load(io.BytesIO(data)).module()
 
 # %% ../nbs/32_deployment.ipynb #320046
 _EXTRA = 'onnx', 'onnxscript', 'onnxruntime'
@@ -59,7 +67,8 @@ def _need_extra():
 
 def _to_onnx(model, args):
     _need_extra()
-    program = torch.onnx.export(model, args, dynamo=True, dynamic_shapes=_shapes(args), verbose=False)
+    program = torch.export.export(model, args, dynamic_shapes=_shapes(args))  # refuses what ONNX can't check
+    program = torch.onnx.export(program, dynamo=True, verbose=False)
     return program.model_proto.SerializeToString()
 
 def _from_onnx(data):
@@ -86,14 +95,27 @@ def _form(path):
     raise ValueError(f'expected a name that ends with {", ".join(_FORMS)}, got {path.name!r}')
 
 # %% ../nbs/32_deployment.ipynb #320049
+def _scores(run, inputs):
+    "Of a model or a program, for copies of the inputs, since it may change them."
+    with torch.no_grad(): return run(*[x.clone() for x in inputs])
+
+def _off(got, expected):
+    "Largest difference and largest score of each column; two nan are no difference, nor two equal inf."
+    got, expected = (z.to(torch.promote_types(z.dtype, torch.float64)) for z in (got, expected))
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    off = (got - expected).abs().masked_fill(same, 0)
+    most = expected.abs().masked_fill(~expected.isfinite(), 0)
+    return [z.flatten(0, -2).amax(0) if z.ndim > 1 else z for z in (off, most)]
+
 def _compare(run, model, args, path, tolerance):
     "Raise `ValueError` unless a program gives the scores of its model, for one row, two and all."
     for n in sorted({1, 2, len(args[0])}):
         some = [x[:n] for x in args]
-        with torch.no_grad(): expected, got = model(*some), run(*some)
+        expected, got = _scores(model, some), _scores(run, some)
         if got.shape != expected.shape:
             raise ValueError(f'{path.name}: expected scores {tuple(expected.shape)}, got {tuple(got.shape)}')
-        off, most = (got - expected).abs().max().item(), expected.abs().max().item()
+        if path.suffix == '.html': got, expected = (z - z.mean(-1, keepdim=True) for z in (got, expected))
+        off, most = (z.max().item() for z in _off(got, expected))
         if not off <= tolerance*max(most, 1e-30):
             raise ValueError(f'{path.name}: expected the scores of the model, got some off by {off:.3g} for '
                              f'{n} rows, where the largest is {most:.3g}; nothing was written')
@@ -105,12 +127,14 @@ def _reason(error):
     if 'data-dependent' in text: text = 'it decides by numbers in a tensor (an if, .item() or the like)'
     if fixed := re.search(r'specialized it to be a constant \(\d+\)', text):
         text = f'its number of rows is not free, for its code {fixed[0]} (by len(), an if or the like)'
+    if 'Constraints violated' in text:
+        text = 'its number of rows is not free, for its code has an end for it (an if, a slice or the like)'
     return text.strip().split('\n')[0] or type(error).__name__
 
 def _in_words(inputs): return ', '.join(str(tuple(getattr(x, 'shape', ()))) for x in inputs) or 'nothing'
 
 def _inputs(example):
-    "The example as a tuple of tensors of at least two rows, that share no memory with others."
+    "The example as a tuple of tensors of at least two rows, on the CPU."
     args = example if isinstance(example, (tuple, list)) else (example,)
     if not args or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in args):
         raise ValueError(f'expected an example, a Tensor (n, ...) of inputs, got {brief(example)}')
@@ -118,6 +142,27 @@ def _inputs(example):
         raise ValueError(f'expected inputs of as many rows, got {", ".join(str(len(x)) for x in args)}')
     args = [x.detach().cpu() for x in args]
     return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in args)
+
+# %% ../nbs/32_deployment.ipynb #320144
+def _model_of(learn):
+    "The model to export, of a Learner or itself."
+    model = learn
+    if isinstance(learn, Learner):
+        model, by = learn.model, []
+        if any(isinstance(cb, BatchTransform) and cb.valid for cb in learn.cbs): by.append('a BatchTransform')
+        if type(learn).predict is not Learner.predict: by.append(f'{type(learn).__name__}.predict')
+        if by: raise ValueError(f'expected a Learner that predicts by its model alone, got one that changes inputs '
+                                f'or scores by {by[0]}: put that into the model, or export learn.model')
+    model = getattr(model, '_orig_mod', model)  # of a compiled model
+    if not isinstance(model, nn.Module): raise TypeError(f'expected a Learner or a model, got {brief(learn)}')
+    return model
+
+def _check_steady(model, first, second):
+    "Raise `ValueError` for a model whose scores for the same inputs differ."
+    off, most = _off(second, first)
+    if not (off <= 1e-4*most).all():
+        raise ValueError(f'expected a model that gives the same scores each time, got one of '
+                         f'{type(model).__name__} whose scores differ by {off.max():.3g}; nothing was written')
 
 # %% ../nbs/32_deployment.ipynb #320052
 def export_model(learn, # a Learner or a model; is afterwards as it was before
@@ -128,12 +173,9 @@ def export_model(learn, # a Learner or a model; is afterwards as it was before
     Raises `ValueError` if it can't be exported or differs, `ImportError` without what .onnx needs."""
     path = Path(path).expanduser()
     write, read, tolerance = _form(path)  # rule 2
-    model = learn.model if isinstance(learn, Learner) else learn
-    model = getattr(model, '_orig_mod', model)  # of a compiled model
-    if not isinstance(model, nn.Module): raise TypeError(f'expected a Learner or a model, got {brief(learn)}')
-    args, model = _inputs(example), copy.deepcopy(model).cpu().eval().requires_grad_(False)  # rule 1
-    try:
-        with torch.no_grad(): model(*args)
+    model, args = _model_of(learn), _inputs(example)
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)  # rule 1
+    try: first, second = (_scores(copy.deepcopy(model), args) for _ in range(2))
     except Exception as error:
         raise ValueError(f'expected an example that {type(model).__name__} takes, got {_in_words(args)}: '
                          f'{_reason(error)}') from error
@@ -145,6 +187,7 @@ def export_model(learn, # a Learner or a model; is afterwards as it was before
     except Exception as error:
         raise ValueError(f'expected a model that can be exported as {path.suffix}, got one of '
                          f'{type(model).__name__} that can\'t: {_reason(error)}') from error
+    _check_steady(model, first, second)
     _compare(run, model, args, path, tolerance)  # rule 3
     with atomic_write(path) as file: file.write(data)  # rule 4
     return path
@@ -152,7 +195,8 @@ def export_model(learn, # a Learner or a model; is afterwards as it was before
 # %% ../nbs/32_deployment.ipynb #320053
 def load_exported(path, # file that `export_model` has written; only one that you trust
                  ): # function (inputs) -> scores, both Tensors on the CPU
-    "An exported program, to be called. Raises `ValueError` for a damaged file."
+    """An exported program, to be called. Raises `ValueError` for a damaged file.
+    A file .onnx has no checksum, so there it is raised only if the file can't be read."""
     path = Path(path).expanduser()
     read, data = _form(path)[1], path.read_bytes()
     try:
@@ -173,10 +217,14 @@ def load_exported(path, # file that `export_model` has written; only one that yo
 def quantize(w:Tensor, # (rows, ...) weights
              bits:int=8, # of each whole number, 2 to 8
             ) -> tuple: # whole numbers in the shape of w, int8; scales (rows,)
-    "Whole numbers and a scale for each row, whose product is at most half a scale off the weights."
-    if not 2 <= bits <= 8: raise ValueError(f'expected 2 to 8 bits, got {bits}')
-    if w.ndim < 2: raise ValueError(f'expected weights (rows, ...), got shape {tuple(w.shape)}')
-    scale = w.flatten(1).abs().amax(1).clamp(min=1e-30)/(2**(bits - 1) - 1)
+    """Whole numbers and a scale for each row, whose product is at most half a scale off the weights.
+    Raises `ValueError` for anything but finite floats."""
+    if bits not in range(2, 9): raise ValueError(f'expected 2 to 8 bits, got {bits}')
+    if not (isinstance(w, Tensor) and w.is_floating_point() and w.ndim > 1 and w[:1].numel()):
+        raise ValueError(f'expected weights (rows, ...), a Tensor of floats, got {brief(w)}')
+    w, limit = w.detach().float(), 2**(bits - 1) - 1  # a quotient in 16 bits might be rounded to 128
+    if not w.isfinite().all(): raise ValueError('expected finite weights as float32, got inf or nan')
+    scale = w.flatten(1).abs().amax(1).clamp(min=1e-30)/limit
     return (w/_by_row(scale, w)).round().to(torch.int8), scale
 
 def dequantize(q:Tensor, # whole numbers of `quantize`
@@ -190,11 +238,12 @@ def _by_row(scale, w): return scale.view(-1, *[1]*(w.ndim - 1))
 # %% ../nbs/32_deployment.ipynb #320078
 def _chain(model):
     "The layers of a network in order; a network that is no chain counts as one layer."
-    if isinstance(model, nn.Sequential): return [layer for m in model for layer in _chain(m)]
-    if isinstance(model, Model): return _chain(model.layers)
-    if isinstance(model, FastCNN): return [*_chain(model.stem), *_chain(model.body), model.head]
-    if isinstance(model, SimpleCNN): return [*_chain(model.body), nn.AdaptiveAvgPool2d(1), model.head]
-    return [] if isinstance(model, (nn.Identity, nn.Dropout, nn.Flatten)) else [model]
+    def computes_as(kind): return isinstance(model, kind) and type(model).forward is kind.forward
+    if computes_as(nn.Sequential): return [layer for m in model for layer in _chain(m)]
+    if computes_as(Model): return _chain(model.layers)
+    if computes_as(FastCNN): return [*_chain(model.stem), *_chain(model.body), model.head]
+    if computes_as(SimpleCNN): return [*_chain(model.body), nn.AdaptiveAvgPool2d(1), model.head]
+    return [] if any(map(computes_as, (nn.Identity, nn.Dropout, nn.Flatten))) else [model]
 
 # %% ../nbs/32_deployment.ipynb #320081
 def _conv(m):
@@ -229,7 +278,12 @@ def _network(model):
             others += [scale, torch.zeros(len(w)) if bias is None else bias]
         layers.append(entry)
     whole, others = _base64(torch.cat(whole), 'i1'), _base64(torch.cat(others), '<f4')
-    return dict(layers=layers, whole=whole, others=others)
+    return _checked(dict(layers=layers, whole=whole, others=others))
+
+def _checked(network):
+    "With a checksum."
+    parts = json.dumps([network[name] for name in ('layers', 'whole', 'others')])
+    return network | dict(sum=zlib.crc32(parts.encode()))
 
 # %% ../nbs/32_deployment.ipynb #320085
 _OPS = {  # name of an entry -> function (inputs, entry, weights, bias)
@@ -455,6 +509,8 @@ def _to_html(model, args):
     if len(args) > 1 or args[0][0].numel() != 784:
         raise ValueError(f'a page takes images of 28 x 28, and no {_in_words(args)}')
     for layer in _chain(model): _check_layer(layer)
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        raise ValueError('a page can have no hooks')
     n = sum(p.numel() for p in model.parameters())
     network = json.dumps(_network(model), separators=(',', ':'))
     parts = dict(NAME=type(model).__name__, WEIGHTS=f'{n:,}', DATA=network,
@@ -465,7 +521,9 @@ def _to_html(model, args):
 def _from_html(data):
     found = re.search(r'<script type="application/json" id="network">(.*?)</script>', data.decode(), re.S)
     if not found: raise ValueError('there is no network in it')
-    return _run_of_network(json.loads(found[1]))
+    network = json.loads(found[1])
+    if network != _checked(network): raise ValueError('its checksum is another')
+    return _run_of_network(network)
 
 _FORMS['.html'] = _to_html, _from_html, 0.1
 

@@ -1,5 +1,6 @@
 "Exported programs give the scores of their network; nothing is written that was not compared; every error is one clear sentence."
-import copy, importlib.util, os, re, signal, subprocess, sys, time, urllib.request
+import copy, importlib.util, logging, os, re, signal, subprocess, sys, threading, time, urllib.request
+from random import Random
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from exp.nb_02 import Model
 from exp.nb_04 import DataLoader, Dataset
 from exp.nb_10 import Learner
 from exp.nb_14 import MODELS, exp_train
+from exp.nb_15 import BatchTransform
 from exp.nb_20 import SimpleCNN
 from exp.nb_23 import ResNet, load_pretrained
 from exp.nb_32 import dequantize, exp_draw, export_model, load_exported, quantize
@@ -202,6 +204,156 @@ def test_quantize():
     assert q.tolist() == [[0, 0], [127, -127]] and torch.isfinite(scale).all()
     for bad in ((w, 1), (w, 9), (w[0, 0, 0], 8)):
         with pytest.raises(ValueError): quantize(*bad)
+
+
+# what would be wrong without a word
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_quantize_other_floats(dtype):
+    "Rounding a quotient in bfloat16 gives 128, which is -128 as int8; a scale of half may be 0."
+    torch.manual_seed(0)
+    for w in (torch.randn(1000, 100), 1e-6*torch.randn(20, 100)):
+        w = w.to(dtype).requires_grad_()
+        q, scale = quantize(w)
+        assert scale.dtype == dequantize(q, scale).dtype == torch.float32 and not scale.requires_grad and q.abs().max() == 127
+        assert ((dequantize(q, scale) - w).abs() <= scale[:, None]*0.5001).all()
+
+
+@pytest.mark.parametrize('w', [torch.tensor([[1., torch.nan]]), torch.tensor([[1., -torch.inf]]), torch.tensor([[1., 1e300]]).double()*1e300,
+                               torch.ones(2, 2, dtype=torch.bool), torch.ones(2, 2, dtype=torch.int), torch.zeros(3, 0), [[1., 2.]]], ids=str)
+def test_quantize_refuses(w):
+    with pytest.raises(ValueError, match='expected (finite )?weights') as error: quantize(w)
+    assert one_line(error.value)
+
+
+@pytest.mark.parametrize('bits', [2.5, '8', None, True, 1, 9])
+def test_quantize_wants_whole_bits(bits):
+    with pytest.raises(ValueError, match='expected 2 to 8 bits, got'): quantize(torch.randn(2, 3), bits)
+
+
+class Capped(nn.Linear):
+    def forward(self, x): return super().forward(x)*(1 if x.shape[0] <= 25 else 2)
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(30, 1))
+    def forward(self, x): return x + self.p[:x.shape[0]]
+
+
+@pytest.mark.parametrize('form', FORMS[:2])
+@pytest.mark.parametrize('net', [Capped(4, 2), Positions()], ids=['if', 'slice'])
+def test_a_number_of_rows_with_an_end(net, form, tmp_path):
+    with pytest.raises(ValueError, match='number of rows is not free') as error: export_model(net, tmp_path/f'a{form}', torch.randn(20, 4))
+    assert one_line(error.value) and not any(tmp_path.iterdir())
+
+
+def test_many_threads_at_once(tmp_path):
+    path, errors, out = export_model(Model(784, 8, 10), tmp_path/'a.pt2', torch.rand(4, 784)), [], sys.stdout
+    def load(i):
+        try:
+            time.sleep(i/100)
+            load_exported(path)
+        except ValueError as error: errors.append(error)
+    for _ in range(3):
+        threads = [threading.Thread(target=load, args=(i,)) for i in range(4)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+    assert not errors and sys.stdout is out and logging.root.manager.disable == 0
+
+
+class Shifts(nn.Module):
+    def forward(self, x):
+        x -= 1
+        return 2*x
+
+
+@pytest.mark.parametrize('form', FORMS[:2])
+@pytest.mark.parametrize('net', [Shifts(), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 3))], ids=['shifts', 'relu'])
+def test_the_example_stays(net, form, tmp_path):
+    x = torch.randn(20, 8)
+    before = x.clone()
+    run = load_exported(export_model(net, tmp_path/f'a{form}', x))
+    assert torch.equal(x, before)
+    torch.testing.assert_close(run(x.clone()), net(x.clone()).detach())
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('n', torch.zeros(()))
+    def forward(self, x):
+        self.n += 1
+        return x + self.n
+
+
+def test_the_first_call_of_a_program_is_the_first_of_the_model(tmp_path):
+    x = torch.zeros(20, 8)
+    run = load_exported(export_model(Counts(), tmp_path/'a.pt2', x))
+    assert [run(x)[0, 0].item() for _ in range(3)] == [1, 2, 3]
+
+
+class Negative(Learner):
+    def predict(self): self.pred = self.model(-self.xb[0])
+
+
+def test_a_learner_that_prepares_its_inputs(tmp_path, test_set):
+    x, y = (t[:100] for t in test_set)
+    net, dls = Model(784, 8, 10), (DataLoader(Dataset(x, y), 50), None)
+    prepares = Learner(net, dls, cbs=BatchTransform(lambda x: (x - 0.13)/0.31, valid=True))
+    for learn, words in ((prepares, 'BatchTransform'), (Negative(net, dls), 'predict')):
+        with pytest.raises(ValueError, match=f'changes inputs.*{words}.*or export learn.model') as error: export_model(learn, tmp_path/'a.pt2', x)
+        assert one_line(error.value) and not any(tmp_path.iterdir())
+        export_model(learn.model, tmp_path/'a.pt2', x).unlink()
+    trains = Learner(net, dls, cbs=BatchTransform(lambda x: x.flip(1)))
+    run = load_exported(export_model(trains, tmp_path/'a.pt2', x))
+    assert torch.equal(run(x), trains.predict(x))
+
+
+def test_a_page_is_compared_without_what_all_scores_share(tmp_path, test_set):
+    "Softmax doesn't see it, and a tenth of it hides everything."
+    x, net = test_set[0][:500], load_pretrained()
+    with torch.no_grad():
+        dead = (net.body(net.stem(x.view(-1, 1, 28, 28))).flatten(1).amax(0) == 0).nonzero()[0]
+        net.head.bias += 200
+        net.head.weight[:, dead] = 300.
+    with pytest.raises(ValueError, match='nothing was written'): export_model(net, tmp_path/'a.html', x)
+
+
+class Louder(Model):
+    def forward(self, x): return 1.02*super().forward(x)
+
+
+def test_a_page_has_no_code_of_a_subclass_or_a_hook(tmp_path, test_set):
+    hooked = Model(784, 8, 10)
+    hooked.layers[0].register_forward_hook(lambda m, args, out: 1.02*out)
+    for net, words in ((Louder(784, 8, 10), 'no Louder'), (hooked, 'no hooks')):
+        with pytest.raises(ValueError, match=words): export_model(net, tmp_path/'a.html', test_set[0][:20])
+
+
+class Mixed(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return torch.stack([1e6*y[:, 0], F.dropout(y[:, 1], 0.5, training=True)], 1)
+
+
+@pytest.mark.parametrize('form', FORMS[:2])
+def test_noise_in_a_column_of_small_scores(form, tmp_path):
+    with pytest.raises(ValueError, match='same scores each time') as error: export_model(Mixed(8, 2), tmp_path/f'a{form}', torch.randn(20, 8))
+    assert one_line(error.value) and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('form', ['.pt2', '.html'])
+def test_one_wrong_bit_is_seen(form, tmp_path, test_set):
+    x, random = test_set[0][:20], Random(0)
+    path = export_model(nn.Linear(784, 10), tmp_path/f'a{form}', x)
+    good, expected = path.read_bytes(), load_exported(path)(x)
+    for _ in range(40):
+        bad = bytearray(good)
+        bad[random.randrange(len(bad))] ^= 1 << random.randrange(8)
+        path.write_bytes(bad)
+        try: torch.testing.assert_close(load_exported(path)(x), expected, atol=1e-6, rtol=0)
+        except ValueError as error: assert one_line(error)
 
 
 # the command
