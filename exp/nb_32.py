@@ -6,9 +6,9 @@
 __all__ = ['export_model', 'load_exported', 'quantize', 'dequantize', 'exp_draw']
 
 # %% ../nbs/32_deployment.ipynb #320003
-import argparse, base64, copy, errno, http.server, io, json, logging, re, sys, threading
+import argparse, base64, copy, errno, html, http.server, io, json, logging, re, sys, threading
 import warnings, webbrowser, zipfile, zlib
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
@@ -53,7 +53,7 @@ def _to_pt2(model, args):
 
 def _from_pt2(data):
     with zipfile.ZipFile(io.BytesIO(data)) as file:
-        if bad := file.testzip(): raise ValueError(f'the checksum of {bad} is another')  # PyTorch doesn't look
+        if bad := file.testzip(): raise ValueError(f'the checksum of {bad} is another')  # unseen by torch
     return torch.export.load(io.BytesIO(data)).module()
 
 # %% ../nbs/32_deployment.ipynb #320046
@@ -76,7 +76,7 @@ def _from_onnx(data):
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors only, which are raised as well
+    options.log_severity_level = 4  # none, since errors are raised as well
     session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
     names = [value.name for value in session.get_inputs()]
     def run(*inputs):
@@ -111,7 +111,11 @@ def _compare(run, model, args, path, tolerance):
     "Raise `ValueError` unless a program gives the scores of its model, for one row, two and all."
     for n in sorted({1, 2, len(args[0])}):
         some = [x[:n] for x in args]
-        expected, got = _scores(model, some), _scores(run, some)
+        try: expected, got = _scores(model, some), _scores(run, some)
+        except Exception as error:
+            raise ValueError(f'{path.name}: expected a model that takes any number of rows, got an error '
+                             f'for {n}: {_reason(error)}; nothing was written') from error
+        if not expected.numel() and got.shape == expected.shape: continue
         if got.shape != expected.shape:
             raise ValueError(f'{path.name}: expected scores {tuple(expected.shape)}, got {tuple(got.shape)}')
         if path.suffix == '.html': got, expected = (z - z.mean(-1, keepdim=True) for z in (got, expected))
@@ -121,17 +125,23 @@ def _compare(run, model, args, path, tolerance):
                              f'{n} rows, where the largest is {most:.3g}; nothing was written')
 
 # %% ../nbs/32_deployment.ipynb #320051
+_WHY = {  # what torch says -> what it means
+    'data-dependent': 'it decides by numbers in a tensor (an if, .item() or the like)',
+    'Constraints violated': 'its number of rows is not free, for its code has an end for it (an if, a slice)',
+    'deserializing the saved file': 'made by another version of PyTorch, or no program at all',
+    'deepcopy protocol': 'hooks make its weights (by prune or weight_norm): remove those before'}
+
 def _reason(error):
     "One line on why a model can't be exported."
     text = str(error)
-    if 'data-dependent' in text: text = 'it decides by numbers in a tensor (an if, .item() or the like)'
+    text = next((why for said, why in _WHY.items() if said in text), text)
     if fixed := re.search(r'specialized it to be a constant \(\d+\)', text):
         text = f'its number of rows is not free, for its code {fixed[0]} (by len(), an if or the like)'
-    if 'Constraints violated' in text:
-        text = 'its number of rows is not free, for its code has an end for it (an if, a slice or the like)'
     return text.strip().split('\n')[0] or type(error).__name__
 
-def _in_words(inputs): return ', '.join(str(tuple(getattr(x, 'shape', ()))) for x in inputs) or 'nothing'
+def _in_words(inputs):
+    def of(x): return f'{tuple(x.shape)} {str(x.dtype)[6:]}' if isinstance(x, Tensor) else type(x).__name__
+    return ', '.join(map(of, inputs)) or 'nothing'
 
 def _inputs(example):
     "The example as a tuple of tensors of at least two rows, on the CPU."
@@ -151,18 +161,33 @@ def _model_of(learn):
         model, by = learn.model, []
         if any(isinstance(cb, BatchTransform) and cb.valid for cb in learn.cbs): by.append('a BatchTransform')
         if type(learn).predict is not Learner.predict: by.append(f'{type(learn).__name__}.predict')
-        if by: raise ValueError(f'expected a Learner that predicts by its model alone, got one that changes inputs '
-                                f'or scores by {by[0]}: put that into the model, or export learn.model')
+        if by:
+            raise ValueError('expected a Learner that predicts by its model alone, got one that changes inputs '
+                             f'or scores by {by[0]}: put that into the model, or export learn.model')
     model = getattr(model, '_orig_mod', model)  # of a compiled model
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
     if not isinstance(model, nn.Module): raise TypeError(f'expected a Learner or a model, got {brief(learn)}')
     return model
 
-def _check_steady(model, first, second):
-    "Raise `ValueError` for a model whose scores for the same inputs differ."
+def _copy_of(model):
+    "In evaluation mode and on the CPU."
+    if any(map(nn.parameter.is_lazy, model.parameters())):
+        raise ValueError('expected a model whose weights have shapes, got a lazy one: call it once before')
+    try: return copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    except Exception as error:
+        raise ValueError(f'expected a model that can be copied to the CPU, got one of {type(model).__name__} '
+                         f"that can't: {_reason(error)}") from error
+
+def _check_scores(model, first, second):
+    "Raise `ValueError` for a model that gives no Tensor, or another one for the same inputs."
+    name = type(model).__name__
+    if not isinstance(first, Tensor):
+        raise ValueError(f'expected a model that gives one Tensor, got one of {name} that gives '
+                         f'{type(first).__name__}: wrap it in one that picks the scores')
     off, most = _off(second, first)
     if not (off <= 1e-4*most).all():
-        raise ValueError(f'expected a model that gives the same scores each time, got one of '
-                         f'{type(model).__name__} whose scores differ by {off.max():.3g}; nothing was written')
+        raise ValueError(f'expected a model that gives the same scores each time, got one of {name} '
+                         f'whose scores differ by {off.max():.3g}; nothing was written')
 
 # %% ../nbs/32_deployment.ipynb #320052
 def export_model(learn, # a Learner or a model; is afterwards as it was before
@@ -173,12 +198,12 @@ def export_model(learn, # a Learner or a model; is afterwards as it was before
     Raises `ValueError` if it can't be exported or differs, `ImportError` without what .onnx needs."""
     path = Path(path).expanduser()
     write, read, tolerance = _form(path)  # rule 2
-    model, args = _model_of(learn), _inputs(example)
-    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)  # rule 1
+    model, args = _copy_of(_model_of(learn)), _inputs(example)  # rule 1
     try: first, second = (_scores(copy.deepcopy(model), args) for _ in range(2))
     except Exception as error:
         raise ValueError(f'expected an example that {type(model).__name__} takes, got {_in_words(args)}: '
                          f'{_reason(error)}') from error
+    if path.suffix != '.html': _check_scores(model, first, second)  # a page has layers that it knows
     try:
         with _quiet():
             data = write(model, tuple(x[:2].clone() for x in args))
@@ -187,7 +212,6 @@ def export_model(learn, # a Learner or a model; is afterwards as it was before
     except Exception as error:
         raise ValueError(f'expected a model that can be exported as {path.suffix}, got one of '
                          f'{type(model).__name__} that can\'t: {_reason(error)}') from error
-    _check_steady(model, first, second)
     _compare(run, model, args, path, tolerance)  # rule 3
     with atomic_write(path) as file: file.write(data)  # rule 4
     return path
@@ -207,6 +231,7 @@ def load_exported(path, # file that `export_model` has written; only one that yo
                          f'{_reason(error)}') from error
     def scores(*inputs):
         try:
+            if not all(isinstance(x, Tensor) for x in inputs): raise TypeError('expected Tensors')
             with torch.no_grad(): return run(*inputs)
         except Exception as error:
             raise ValueError(f'{path.name}: expected inputs as in the export, got {_in_words(inputs)}: '
@@ -236,6 +261,8 @@ def dequantize(q:Tensor, # whole numbers of `quantize`
 def _by_row(scale, w): return scale.view(-1, *[1]*(w.ndim - 1))
 
 # %% ../nbs/32_deployment.ipynb #320078
+_NOTHING = nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Flatten
+
 def _chain(model):
     "The layers of a network in order; a network that is no chain counts as one layer."
     def computes_as(kind): return isinstance(model, kind) and type(model).forward is kind.forward
@@ -243,7 +270,7 @@ def _chain(model):
     if computes_as(Model): return _chain(model.layers)
     if computes_as(FastCNN): return [*_chain(model.stem), *_chain(model.body), model.head]
     if computes_as(SimpleCNN): return [*_chain(model.body), nn.AdaptiveAvgPool2d(1), model.head]
-    return [] if any(map(computes_as, (nn.Identity, nn.Dropout, nn.Flatten))) else [model]
+    return [] if any(map(computes_as, _NOTHING)) else [model]
 
 # %% ../nbs/32_deployment.ipynb #320081
 def _conv(m):
@@ -491,11 +518,15 @@ button { font: inherit; padding: .3rem 1.2rem; } figure { margin: 1rem 0; } #sai
 '''
 
 # %% ../nbs/32_deployment.ipynb #320100
+def _usual_conv(m):
+    padding = 0 if isinstance(m.padding, str) else m.padding[0]
+    return nn.Conv2d(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0], padding, bias=m.bias is not None)
+
 _USUAL = {  # class of a layer -> function (layer) -> a layer with the options that a page can have
-    nn.Conv2d: lambda m: nn.Conv2d(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0], m.padding[0],
-                                   bias=m.bias is not None),
+    nn.Conv2d: _usual_conv,
     nn.BatchNorm2d: lambda m: nn.BatchNorm2d(m.num_features, m.eps, m.momentum),
-    nn.MaxPool2d: lambda m: nn.MaxPool2d(m.kernel_size)}
+    nn.MaxPool2d: lambda m: nn.MaxPool2d(m.kernel_size),
+    nn.AdaptiveAvgPool2d: lambda m: m if m.output_size in (1, (1, 1)) else nn.AdaptiveAvgPool2d(1)}
 
 def _check_layer(layer):
     "Raise `ValueError` for a layer that a page can't have, or for its options."
@@ -513,7 +544,7 @@ def _to_html(model, args):
         raise ValueError('a page can have no hooks')
     n = sum(p.numel() for p in model.parameters())
     network = json.dumps(_network(model), separators=(',', ':'))
-    parts = dict(NAME=type(model).__name__, WEIGHTS=f'{n:,}', DATA=network,
+    parts = dict(NAME=html.escape(type(model).__name__), WEIGHTS=f'{n:,}', DATA=network,
                  SCRIPT=_NETWORK + _LAYERS + _PREDICT + _SEE + _DRAW + _HAND)
     return re.sub('|'.join(parts), lambda found: parts[found[0]], _PAGE).encode()
 
@@ -535,8 +566,9 @@ class _OnePage(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header('Content-Type', 'text/html; charset=utf-8')
         self.send_header('Content-Length', str(len(self.page)))
-        self.end_headers()
-        self.wfile.write(self.page)
+        with suppress(ConnectionError):  # of a browser that hangs up
+            self.end_headers()
+            self.wfile.write(self.page)
     def log_message(self, *args): pass
 
 def _server(page, port):
@@ -551,7 +583,7 @@ def _server(page, port):
 # %% ../nbs/32_deployment.ipynb #320104
 def exp_draw(run:str=None, # of `exp_train`, its folder or its name in `out`; None: the network of `nb_23`
              out:str='runs', # where the folders of runs are
-             file:str=None, # the page to write; None: draw.html in the folder of the run, or here
+             file:str=None, # page to write; None: draw.html in the folder of the run, or here
              port:int=0, # to serve it at; 0: any that is free
              serve:bool=True, # False: only write it
              browser:bool=True, # open it as well
@@ -560,21 +592,24 @@ def exp_draw(run:str=None, # of `exp_train`, its folder or its name in `out`; No
     model, folder = (load_pretrained(), Path()) if run is None else _of_run(run, out)
     path = Path(file).expanduser() if file else folder/'draw.html'
     if path.suffix != '.html': raise ValueError(f'expected a name that ends with .html, got {path.name!r}')
+    if not file and path.exists() and b'id="network"' not in path.read_bytes():
+        raise ValueError(f"{path}: expected a page of exp_draw's, found another file: give a name by --file")
     export_model(model, path, get_test_data()[0][:500])
     say(f'page: {path}, {path.stat().st_size/1000:.0f} kB')
     if not serve: return path
     with _server(path.read_bytes(), port) as server:
         address = f'http://127.0.0.1:{server.server_port}/'
         say(f'open {address}, stop with Ctrl-C')
-        if browser: webbrowser.open(address)
+        if browser: threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         try: server.serve_forever()
         except KeyboardInterrupt: pass
     return path
 
 def _of_run(run, out):
     "Model and folder of a run on digits."
-    folder = next((p for p in (Path(run).expanduser(), Path(out).expanduser()/run) if p.is_dir()), Path(run))
     learn = load_run(run, out, device='cpu')
+    places = Path(run).expanduser(), Path(out).expanduser()/run
+    folder = next(place for place in places if (place/'config.json').is_file())  # as `load_run` finds it
     dataset = read_settings(folder).dataset
     if dataset != 'mnist': raise ValueError(f'{folder}: expected a run that has learned mnist, got {dataset}')
     return learn.model, folder
@@ -591,3 +626,6 @@ def _exp_draw_command(argv=None):
     parser.add_argument('--no-browser', dest='browser', action='store_false', help="don't open it")
     try: exp_draw(**vars(parser.parse_args(argv)))
     except (ValueError, OSError) as e: sys.exit(f'exp_draw: {e}')
+    except (RuntimeError, MemoryError, TypeError, LookupError) as e:
+        sys.exit(f'exp_draw: {type(e).__name__}: {_reason(e)}')
+    except KeyboardInterrupt: sys.exit(130)
