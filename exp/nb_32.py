@@ -162,13 +162,14 @@ def _model_of(learn):
         if any(isinstance(cb, BatchTransform) and cb.valid for cb in learn.cbs): by.append('a BatchTransform')
         if type(learn).predict is not Learner.predict: by.append(f'{type(learn).__name__}.predict')
         if by:
-            raise ValueError('expected a Learner that predicts by its model alone, got one that changes inputs '
-                             f'or scores by {by[0]}: put that into the model, or export learn.model')
+            raise ValueError('expected a Learner that predicts by its model alone, got one that changes '
+                             f'inputs or scores by {by[0]}: put that into the model, or export learn.model')
     model = getattr(model, '_orig_mod', model)  # of a compiled model
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
     if not isinstance(model, nn.Module): raise TypeError(f'expected a Learner or a model, got {brief(learn)}')
     return model
 
+# %% ../nbs/32_deployment.ipynb #320145
 def _copy_of(model):
     "In evaluation mode and on the CPU."
     if any(map(nn.parameter.is_lazy, model.parameters())):
@@ -520,7 +521,8 @@ button { font: inherit; padding: .3rem 1.2rem; } figure { margin: 1rem 0; } #sai
 # %% ../nbs/32_deployment.ipynb #320100
 def _usual_conv(m):
     padding = 0 if isinstance(m.padding, str) else m.padding[0]
-    return nn.Conv2d(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0], padding, bias=m.bias is not None)
+    return nn.Conv2d(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0], padding,
+                     bias=m.bias is not None)
 
 _USUAL = {  # class of a layer -> function (layer) -> a layer with the options that a page can have
     nn.Conv2d: _usual_conv,
@@ -605,6 +607,7 @@ def exp_draw(run:str=None, # of `exp_train`, its folder or its name in `out`; No
         except KeyboardInterrupt: pass
     return path
 
+# %% ../nbs/32_deployment.ipynb #320146
 def _of_run(run, out):
     "Model and folder of a run on digits."
     learn = load_run(run, out, device='cpu')
