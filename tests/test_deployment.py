@@ -383,6 +383,18 @@ def test_scores_of_other_kinds(func, form, tmp_path):
     torch.testing.assert_close(run(x), net(x).detach(), equal_nan=True)
 
 
+def test_a_page_with_one_score_is_compared_too(tmp_path, monkeypatch):
+    forms = exp.nb_32._FORMS
+    monkeypatch.setitem(forms, '.html', (forms['.html'][0], lambda data: lambda x: torch.zeros(len(x), 1), 0.1))
+    with pytest.raises(ValueError, match='nothing was written'): export_model(nn.Linear(784, 1), tmp_path/'a.html', torch.rand(9, 784))
+
+
+@pytest.mark.parametrize('func', [lambda z: z.sum(1), lambda z: z.mean(), lambda z: z[:, 0][:0]], ids=['column', 'number', 'nothing'])
+def test_scores_of_few_dimensions(func, tmp_path):
+    net, x = Ends(func), torch.randn(9, 8)
+    torch.testing.assert_close(load_exported(export_model(net, tmp_path/'a.pt2', x))(x), net(x).detach())
+
+
 def test_a_program_that_is_wrong_about_inf(tmp_path, monkeypatch):
     "An infinity on one side only is a difference."
     x, forms = torch.randn(9, 8), exp.nb_32._FORMS
