@@ -6,8 +6,9 @@
 __all__ = ['export_model', 'load_exported', 'quantize', 'dequantize', 'exp_draw']
 
 # %% ../nbs/32_deployment.ipynb #320003
-import argparse, base64, copy, errno, http.server, io, json, logging, re, sys, warnings, webbrowser
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+import argparse, base64, copy, errno, html, http.server, io, json, logging, re, sys, threading
+import warnings, webbrowser, zipfile, zlib
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
@@ -21,19 +22,23 @@ from .nb_05 import brief
 from .nb_10 import Learner
 from .nb_13 import atomic_write
 from .nb_14 import load_run, read_settings
+from .nb_15 import BatchTransform
 from .nb_20 import SimpleCNN
 from .nb_23 import Crop, FastCNN, Unshuffle, load_pretrained
 
 # %% ../nbs/32_deployment.ipynb #320025
+_alone = threading.RLock()  # the screen and the loggers belong to all threads
+
 @contextmanager
 def _quiet():
-    "Without what exporters print and log."
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), \
-             warnings.catch_warnings(action='ignore'): yield
-    finally: logging.disable(before)
+    "Without what exporters print and log, or other threads meanwhile; for one thread at a time."
+    with _alone:
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), \
+                 warnings.catch_warnings(action='ignore'): yield
+        finally: logging.disable(before)
 
 # %% ../nbs/32_deployment.ipynb #320044
 def _shapes(args):
@@ -46,7 +51,10 @@ def _to_pt2(model, args):
     torch.export.save(torch.export.export(model, args, dynamic_shapes=_shapes(args)), file)
     return file.getvalue()
 
-def _from_pt2(data): return torch.export.load(io.BytesIO(data)).module()
+def _from_pt2(data):
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        if bad := file.testzip(): raise ValueError(f'the checksum of {bad} is another')  # unseen by torch
+    return torch.export.load(io.BytesIO(data)).module()
 
 # %% ../nbs/32_deployment.ipynb #320046
 _EXTRA = 'onnx', 'onnxscript', 'onnxruntime'
@@ -59,7 +67,8 @@ def _need_extra():
 
 def _to_onnx(model, args):
     _need_extra()
-    program = torch.onnx.export(model, args, dynamo=True, dynamic_shapes=_shapes(args), verbose=False)
+    program = torch.export.export(model, args, dynamic_shapes=_shapes(args))  # refuses what ONNX can't check
+    program = torch.onnx.export(program, dynamo=True, verbose=False)
     return program.model_proto.SerializeToString()
 
 def _from_onnx(data):
@@ -67,7 +76,7 @@ def _from_onnx(data):
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors only, which are raised as well
+    options.log_severity_level = 4  # none, since errors are raised as well
     session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
     names = [value.name for value in session.get_inputs()]
     def run(*inputs):
@@ -86,31 +95,57 @@ def _form(path):
     raise ValueError(f'expected a name that ends with {", ".join(_FORMS)}, got {path.name!r}')
 
 # %% ../nbs/32_deployment.ipynb #320049
+def _scores(run, inputs):
+    "Of a model or a program, for copies of the inputs, since it may change them."
+    with torch.no_grad(): return run(*[x.clone() for x in inputs])
+
+def _off(got, expected):
+    "Largest difference and largest score of each column; two nan are no difference, nor two equal inf."
+    got, expected = (z.to(torch.promote_types(z.dtype, torch.float64)) for z in (got, expected))
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    off = (got - expected).abs().masked_fill(same, 0)
+    most = expected.abs().masked_fill(~expected.isfinite(), 0)
+    return [z.flatten(0, -2).amax(0) if z.ndim > 1 else z.max() for z in (off, most)]
+
 def _compare(run, model, args, path, tolerance):
     "Raise `ValueError` unless a program gives the scores of its model, for one row, two and all."
     for n in sorted({1, 2, len(args[0])}):
         some = [x[:n] for x in args]
-        with torch.no_grad(): expected, got = model(*some), run(*some)
+        try: expected, got = _scores(model, some), _scores(run, some)
+        except Exception as error:
+            raise ValueError(f'{path.name}: expected a model that takes any number of rows, got an error '
+                             f'for {n}: {_reason(error)}; nothing was written') from error
         if got.shape != expected.shape:
             raise ValueError(f'{path.name}: expected scores {tuple(expected.shape)}, got {tuple(got.shape)}')
-        off, most = (got - expected).abs().max().item(), expected.abs().max().item()
+        if not expected.numel(): continue
+        if path.suffix == '.html' and expected.shape[-1] > 1:  # without what all scores of an image share
+            got, expected = (z.float() - z.float().mean(-1, keepdim=True) for z in (got, expected))
+        off, most = (z.max().item() for z in _off(got, expected))
         if not off <= tolerance*max(most, 1e-30):
             raise ValueError(f'{path.name}: expected the scores of the model, got some off by {off:.3g} for '
                              f'{n} rows, where the largest is {most:.3g}; nothing was written')
 
 # %% ../nbs/32_deployment.ipynb #320051
+_WHY = {  # what torch says -> what it means
+    'data-dependent': 'it decides by numbers in a tensor (an if, .item() or the like)',
+    'Constraints violated': 'its number of rows is not free, for its code has an end for it (an if, a slice)',
+    'deserializing the saved file': 'made by another version of PyTorch, or no program at all',
+    'deepcopy protocol': 'hooks make its weights (by prune or weight_norm): remove those before'}
+
 def _reason(error):
     "One line on why a model can't be exported."
     text = str(error)
-    if 'data-dependent' in text: text = 'it decides by numbers in a tensor (an if, .item() or the like)'
+    text = next((why for said, why in _WHY.items() if said in text), text)
     if fixed := re.search(r'specialized it to be a constant \(\d+\)', text):
         text = f'its number of rows is not free, for its code {fixed[0]} (by len(), an if or the like)'
     return text.strip().split('\n')[0] or type(error).__name__
 
-def _in_words(inputs): return ', '.join(str(tuple(getattr(x, 'shape', ()))) for x in inputs) or 'nothing'
+def _in_words(inputs):
+    def of(x): return f'{tuple(x.shape)} {str(x.dtype)[6:]}' if isinstance(x, Tensor) else type(x).__name__
+    return ', '.join(map(of, inputs)) or 'nothing'
 
 def _inputs(example):
-    "The example as a tuple of tensors of at least two rows, that share no memory with others."
+    "The example as a tuple of tensors of at least two rows, on the CPU."
     args = example if isinstance(example, (tuple, list)) else (example,)
     if not args or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in args):
         raise ValueError(f'expected an example, a Tensor (n, ...) of inputs, got {brief(example)}')
@@ -118,6 +153,44 @@ def _inputs(example):
         raise ValueError(f'expected inputs of as many rows, got {", ".join(str(len(x)) for x in args)}')
     args = [x.detach().cpu() for x in args]
     return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in args)
+
+# %% ../nbs/32_deployment.ipynb #320144
+def _model_of(learn):
+    "The model to export, of a Learner or itself."
+    model = learn
+    if isinstance(learn, Learner):
+        model, by = learn.model, []
+        if any(isinstance(cb, BatchTransform) and cb.valid for cb in learn.cbs): by.append('a BatchTransform')
+        if type(learn).predict is not Learner.predict: by.append(f'{type(learn).__name__}.predict')
+        if by:
+            raise ValueError('expected a Learner that predicts by its model alone, got one that changes '
+                             f'inputs or scores by {by[0]}: put that into the model, or export learn.model')
+    model = getattr(model, '_orig_mod', model)  # of a compiled model
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+    if not isinstance(model, nn.Module): raise TypeError(f'expected a Learner or a model, got {brief(learn)}')
+    return model
+
+# %% ../nbs/32_deployment.ipynb #320145
+def _copy_of(model):
+    "In evaluation mode and on the CPU."
+    if any(map(nn.parameter.is_lazy, model.parameters())):
+        raise ValueError('expected a model whose weights have shapes, got a lazy one: call it once before')
+    try: return copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    except Exception as error:
+        raise ValueError(f'expected a model that can be copied to the CPU, got one of {type(model).__name__} '
+                         f"that can't: {_reason(error)}") from error
+
+def _check_scores(model, first, second):
+    "Raise `ValueError` for a model that gives no Tensor, or another one for the same inputs."
+    name = type(model).__name__
+    if not isinstance(first, Tensor):
+        raise ValueError(f'expected a model that gives one Tensor, got one of {name} that gives '
+                         f'{type(first).__name__}: wrap it in one that picks the scores')
+    if not first.numel(): return
+    off, most = _off(second, first)
+    if not (off <= 1e-4*most).all():
+        raise ValueError(f'expected a model that gives the same scores each time, got one of {name} '
+                         f'whose scores differ by {off.max():.3g}; nothing was written')
 
 # %% ../nbs/32_deployment.ipynb #320052
 def export_model(learn, # a Learner or a model; is afterwards as it was before
@@ -127,32 +200,30 @@ def export_model(learn, # a Learner or a model; is afterwards as it was before
     """Write a network as a program for any number of rows, if it gives the same scores when it is read back.
     Raises `ValueError` if it can't be exported or differs, `ImportError` without what .onnx needs."""
     path = Path(path).expanduser()
-    write, read, tolerance = _form(path)
-    model = learn.model if isinstance(learn, Learner) else learn
-    model = getattr(model, '_orig_mod', model)  # of a compiled model
-    if not isinstance(model, nn.Module): raise TypeError(f'expected a Learner or a model, got {brief(learn)}')
-    args, model = _inputs(example), copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    try:
-        with torch.no_grad(): model(*args)
+    write, read, tolerance = _form(path)  # rule 2
+    model, args = _copy_of(_model_of(learn)), _inputs(example)  # rule 1
+    try: first, second = (_scores(copy.deepcopy(model), args) for _ in range(2))
     except Exception as error:
         raise ValueError(f'expected an example that {type(model).__name__} takes, got {_in_words(args)}: '
                          f'{_reason(error)}') from error
+    if path.suffix != '.html': _check_scores(model, first, second)  # a page has layers that it knows
     try:
         with _quiet():
             data = write(model, tuple(x[:2].clone() for x in args))
-            run = read(data)
+            run = read(data)  # rule 3
     except (ImportError, OSError): raise
     except Exception as error:
         raise ValueError(f'expected a model that can be exported as {path.suffix}, got one of '
                          f'{type(model).__name__} that can\'t: {_reason(error)}') from error
-    _compare(run, model, args, path, tolerance)
-    with atomic_write(path) as file: file.write(data)
+    _compare(run, model, args, path, tolerance)  # rule 3
+    with atomic_write(path) as file: file.write(data)  # rule 4
     return path
 
 # %% ../nbs/32_deployment.ipynb #320053
 def load_exported(path, # file that `export_model` has written; only one that you trust
                  ): # function (inputs) -> scores, both Tensors on the CPU
-    "An exported program, to be called. Raises `ValueError` for a damaged file."
+    """An exported program, to be called. Raises `ValueError` for a damaged file.
+    A file .onnx has no checksum, so there it is raised only if the file can't be read."""
     path = Path(path).expanduser()
     read, data = _form(path)[1], path.read_bytes()
     try:
@@ -163,6 +234,7 @@ def load_exported(path, # file that `export_model` has written; only one that yo
                          f'{_reason(error)}') from error
     def scores(*inputs):
         try:
+            if not all(isinstance(x, Tensor) for x in inputs): raise TypeError('expected Tensors')
             with torch.no_grad(): return run(*inputs)
         except Exception as error:
             raise ValueError(f'{path.name}: expected inputs as in the export, got {_in_words(inputs)}: '
@@ -173,10 +245,14 @@ def load_exported(path, # file that `export_model` has written; only one that yo
 def quantize(w:Tensor, # (rows, ...) weights
              bits:int=8, # of each whole number, 2 to 8
             ) -> tuple: # whole numbers in the shape of w, int8; scales (rows,)
-    "Whole numbers and a scale for each row, whose product is at most half a scale off the weights."
-    if not 2 <= bits <= 8: raise ValueError(f'expected 2 to 8 bits, got {bits}')
-    if w.ndim < 2: raise ValueError(f'expected weights (rows, ...), got shape {tuple(w.shape)}')
-    scale = w.flatten(1).abs().amax(1).clamp(min=1e-30)/(2**(bits - 1) - 1)
+    """Whole numbers and a scale for each row, whose product is at most half a scale off the weights.
+    Raises `ValueError` for anything but finite floats."""
+    if bits not in range(2, 9): raise ValueError(f'expected 2 to 8 bits, got {bits}')
+    if not (isinstance(w, Tensor) and w.is_floating_point() and w.ndim > 1 and w[:1].numel()):
+        raise ValueError(f'expected weights (rows, ...), a Tensor of floats, got {brief(w)}')
+    w, limit = w.detach().float(), 2**(bits - 1) - 1  # a quotient in 16 bits might be rounded to 128
+    if not w.isfinite().all(): raise ValueError('expected finite weights as float32, got inf or nan')
+    scale = w.flatten(1).abs().amax(1).clamp(min=1e-30)/limit
     return (w/_by_row(scale, w)).round().to(torch.int8), scale
 
 def dequantize(q:Tensor, # whole numbers of `quantize`
@@ -188,55 +264,43 @@ def dequantize(q:Tensor, # whole numbers of `quantize`
 def _by_row(scale, w): return scale.view(-1, *[1]*(w.ndim - 1))
 
 # %% ../nbs/32_deployment.ipynb #320078
+_NOTHING = nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Flatten
+
 def _chain(model):
     "The layers of a network in order; a network that is no chain counts as one layer."
-    if isinstance(model, nn.Sequential): return [layer for m in model for layer in _chain(m)]
-    if isinstance(model, Model): return _chain(model.layers)
-    if isinstance(model, FastCNN): return [*_chain(model.stem), *_chain(model.body), model.head]
-    if isinstance(model, SimpleCNN): return [*_chain(model.body), nn.AdaptiveAvgPool2d(1), model.head]
-    return [] if isinstance(model, (nn.Identity, nn.Dropout, nn.Flatten)) else [model]
-
-def _as_usual(layer, usual):
-    "Raise `ValueError` for options that the page doesn't have."
-    if repr(layer) != repr(usual):
-        raise ValueError(f'a page can have {usual}, and not {layer}')
+    def computes_as(kind): return isinstance(model, kind) and type(model).forward is kind.forward
+    if computes_as(nn.Sequential): return [layer for m in model for layer in _chain(m)]
+    if computes_as(Model): return _chain(model.layers)
+    if computes_as(FastCNN): return [*_chain(model.stem), *_chain(model.body), model.head]
+    if computes_as(SimpleCNN): return [*_chain(model.body), nn.AdaptiveAvgPool2d(1), model.head]
+    return [] if any(map(computes_as, _NOTHING)) else [model]
 
 # %% ../nbs/32_deployment.ipynb #320081
 def _conv(m):
-    n, stride, padding = m.kernel_size[0], m.stride[0], m.padding[0]
-    _as_usual(m, nn.Conv2d(m.in_channels, m.out_channels, n, stride, padding, bias=m.bias is not None))
-    return dict(op='conv', size=n, stride=stride, padding=padding), m.weight, m.bias
+    entry = dict(op='conv', size=m.kernel_size[0], stride=m.stride[0], padding=m.padding[0])
+    return entry, m.weight, m.bias
 
 def _scale(m):
-    _as_usual(m, nn.BatchNorm2d(m.num_features, m.eps, m.momentum))
     w = m.weight/(m.running_var + m.eps).sqrt()
     return dict(op='scale'), w[:, None], m.bias - w*m.running_mean
 
-def _pool(m):
-    _as_usual(m, nn.MaxPool2d(m.kernel_size))
-    return dict(op='pool', size=m.kernel_size), None, None
-
 _ENTRIES = {  # class of a layer -> function (layer) -> its entry, its weights and its bias, or None
-    nn.Conv2d: _conv, nn.BatchNorm2d: _scale, nn.MaxPool2d: _pool,
+    nn.Conv2d: _conv, nn.BatchNorm2d: _scale,
     nn.Linear: lambda m: (dict(op='linear'), m.weight, m.bias),
+    nn.MaxPool2d: lambda m: (dict(op='pool', size=m.kernel_size), None, None),
     nn.ReLU: lambda m: (dict(op='relu'), None, None),
     nn.AdaptiveAvgPool2d: lambda m: (dict(op='mean'), None, None),
     Crop: lambda m: (dict(op='crop', border=m.border), None, None),
     Unshuffle: lambda m: (dict(op='unshuffle'), None, None)}
 
 # %% ../nbs/32_deployment.ipynb #320082
-def _entry(layer):
-    if type(layer) not in _ENTRIES:
-        known = ', '.join(kind.__name__ for kind in _ENTRIES)
-        raise ValueError(f'a page can have chains of {known}, and no {type(layer).__name__}')
-    return _ENTRIES[type(layer)](layer)
-
 def _base64(values, kind): return base64.b64encode(values.detach().numpy().astype(kind).tobytes()).decode()
 
 def _network(model):
     "A network as what JSON can hold: entries of layers, weights as bytes, scales and biases as float32."
     layers, whole, others = [], [torch.empty(0)], [torch.empty(0)]
-    for entry, w, bias in map(_entry, _chain(model)):
+    for layer in _chain(model):
+        entry, w, bias = _ENTRIES[type(layer)](layer)
         if w is not None:
             q, scale = quantize(w)
             entry |= dict(rows=len(w), columns=w[0].numel())
@@ -244,7 +308,12 @@ def _network(model):
             others += [scale, torch.zeros(len(w)) if bias is None else bias]
         layers.append(entry)
     whole, others = _base64(torch.cat(whole), 'i1'), _base64(torch.cat(others), '<f4')
-    return dict(layers=layers, whole=whole, others=others)
+    return _checked(dict(layers=layers, whole=whole, others=others))
+
+def _checked(network):
+    "With a checksum."
+    parts = json.dumps([network[name] for name in ('layers', 'whole', 'others')])
+    return network | dict(sum=zlib.crc32(parts.encode()))
 
 # %% ../nbs/32_deployment.ipynb #320085
 _OPS = {  # name of an entry -> function (inputs, entry, weights, bias)
@@ -257,10 +326,9 @@ _OPS = {  # name of an entry -> function (inputs, entry, weights, bias)
 
 def _numbers(text, kind): return torch.from_numpy(np.frombuffer(base64.b64decode(text), kind).copy())
 
-def _from_html(data):
-    found = re.search(r'<script type="application/json" id="network">(.*?)</script>', data.decode(), re.S)
-    if not found: raise ValueError('there is no network in it')
-    network, layers = json.loads(found[1]), []
+def _run_of_network(network):
+    "What `_network` gives, as a function (images) -> scores."
+    layers = []
     whole, others = _numbers(network['whole'], 'i1'), _numbers(network['others'], '<f4')
     for l in network['layers']:
         n, size, w, b = l.get('rows', 0), l.get('rows', 0)*l.get('columns', 0), None, None
@@ -453,13 +521,44 @@ button { font: inherit; padding: .3rem 1.2rem; } figure { margin: 1rem 0; } #sai
 '''
 
 # %% ../nbs/32_deployment.ipynb #320100
+def _usual_conv(m):
+    padding = 0 if isinstance(m.padding, str) else m.padding[0]
+    return nn.Conv2d(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0], padding,
+                     bias=m.bias is not None)
+
+_USUAL = {  # class of a layer -> function (layer) -> a layer with the options that a page can have
+    nn.Conv2d: _usual_conv,
+    nn.BatchNorm2d: lambda m: nn.BatchNorm2d(m.num_features, m.eps, m.momentum),
+    nn.MaxPool2d: lambda m: nn.MaxPool2d(m.kernel_size),
+    nn.AdaptiveAvgPool2d: lambda m: m if m.output_size in (1, (1, 1)) else nn.AdaptiveAvgPool2d(1)}
+
+def _check_layer(layer):
+    "Raise `ValueError` for a layer that a page can't have, or for its options."
+    if type(layer) not in _ENTRIES:
+        known = ', '.join(kind.__name__ for kind in _ENTRIES)
+        raise ValueError(f'a page can have chains of {known}, and no {type(layer).__name__}')
+    usual = _USUAL[type(layer)](layer) if type(layer) in _USUAL else layer
+    if repr(layer) != repr(usual): raise ValueError(f'a page can have {usual}, and not {layer}')
+
 def _to_html(model, args):
     if len(args) > 1 or args[0][0].numel() != 784:
         raise ValueError(f'a page takes images of 28 x 28, and no {_in_words(args)}')
-    network, n = _network(model), sum(p.numel() for p in model.parameters())
-    parts = dict(NAME=type(model).__name__, WEIGHTS=f'{n:,}', DATA=json.dumps(network, separators=(',', ':')),
+    for layer in _chain(model): _check_layer(layer)
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        raise ValueError('a page can have no hooks')
+    n = sum(p.numel() for p in model.parameters())
+    network = json.dumps(_network(model), separators=(',', ':'))
+    parts = dict(NAME=html.escape(type(model).__name__), WEIGHTS=f'{n:,}', DATA=network,
                  SCRIPT=_NETWORK + _LAYERS + _PREDICT + _SEE + _DRAW + _HAND)
     return re.sub('|'.join(parts), lambda found: parts[found[0]], _PAGE).encode()
+
+# %% ../nbs/32_deployment.ipynb #320142
+def _from_html(data):
+    found = re.search(r'<script type="application/json" id="network">(.*?)</script>', data.decode(), re.S)
+    if not found: raise ValueError('there is no network in it')
+    network = json.loads(found[1])
+    if network != _checked(network): raise ValueError('its checksum is another')
+    return _run_of_network(network)
 
 _FORMS['.html'] = _to_html, _from_html, 0.1
 
@@ -471,8 +570,9 @@ class _OnePage(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header('Content-Type', 'text/html; charset=utf-8')
         self.send_header('Content-Length', str(len(self.page)))
-        self.end_headers()
-        self.wfile.write(self.page)
+        with suppress(ConnectionError):  # of a browser that hangs up
+            self.end_headers()
+            self.wfile.write(self.page)
     def log_message(self, *args): pass
 
 def _server(page, port):
@@ -487,7 +587,7 @@ def _server(page, port):
 # %% ../nbs/32_deployment.ipynb #320104
 def exp_draw(run:str=None, # of `exp_train`, its folder or its name in `out`; None: the network of `nb_23`
              out:str='runs', # where the folders of runs are
-             file:str=None, # the page to write; None: draw.html in the folder of the run, or here
+             file:str=None, # page to write; None: draw.html in the folder of the run, or here
              port:int=0, # to serve it at; 0: any that is free
              serve:bool=True, # False: only write it
              browser:bool=True, # open it as well
@@ -496,21 +596,25 @@ def exp_draw(run:str=None, # of `exp_train`, its folder or its name in `out`; No
     model, folder = (load_pretrained(), Path()) if run is None else _of_run(run, out)
     path = Path(file).expanduser() if file else folder/'draw.html'
     if path.suffix != '.html': raise ValueError(f'expected a name that ends with .html, got {path.name!r}')
+    if not file and path.exists() and b'id="network"' not in path.read_bytes():
+        raise ValueError(f"{path}: expected a page of exp_draw's, found another file: give a name by --file")
     export_model(model, path, get_test_data()[0][:500])
     say(f'page: {path}, {path.stat().st_size/1000:.0f} kB')
     if not serve: return path
     with _server(path.read_bytes(), port) as server:
         address = f'http://127.0.0.1:{server.server_port}/'
         say(f'open {address}, stop with Ctrl-C')
-        if browser: webbrowser.open(address)
+        if browser: threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         try: server.serve_forever()
         except KeyboardInterrupt: pass
     return path
 
+# %% ../nbs/32_deployment.ipynb #320146
 def _of_run(run, out):
     "Model and folder of a run on digits."
-    folder = next((p for p in (Path(run).expanduser(), Path(out).expanduser()/run) if p.is_dir()), Path(run))
     learn = load_run(run, out, device='cpu')
+    places = Path(run).expanduser(), Path(out).expanduser()/run
+    folder = next(place for place in places if (place/'config.json').is_file())  # as `load_run` finds it
     dataset = read_settings(folder).dataset
     if dataset != 'mnist': raise ValueError(f'{folder}: expected a run that has learned mnist, got {dataset}')
     return learn.model, folder
@@ -527,3 +631,6 @@ def _exp_draw_command(argv=None):
     parser.add_argument('--no-browser', dest='browser', action='store_false', help="don't open it")
     try: exp_draw(**vars(parser.parse_args(argv)))
     except (ValueError, OSError) as e: sys.exit(f'exp_draw: {e}')
+    except (RuntimeError, MemoryError, TypeError, LookupError) as e:
+        sys.exit(f'exp_draw: {type(e).__name__}: {_reason(e)}')
+    except KeyboardInterrupt: sys.exit(130)

@@ -1,8 +1,10 @@
 "Exported programs give the scores of their network; nothing is written that was not compared; every error is one clear sentence."
-import copy, importlib.util, os, re, signal, subprocess, sys, time, urllib.request
+import _thread, contextlib, copy, importlib.util, logging, os, re, signal, socket, struct, subprocess, sys, threading, time, urllib.request
+from random import Random
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import nn
 import exp.nb_32
 from exp.nb_01 import get_test_data
@@ -10,6 +12,7 @@ from exp.nb_02 import Model
 from exp.nb_04 import DataLoader, Dataset
 from exp.nb_10 import Learner
 from exp.nb_14 import MODELS, exp_train
+from exp.nb_15 import BatchTransform
 from exp.nb_20 import SimpleCNN
 from exp.nb_23 import ResNet, load_pretrained
 from exp.nb_32 import dequantize, exp_draw, export_model, load_exported, quantize
@@ -204,6 +207,252 @@ def test_quantize():
         with pytest.raises(ValueError): quantize(*bad)
 
 
+# what would be wrong without a word
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_quantize_other_floats(dtype):
+    "Rounding a quotient in bfloat16 gives 128, which is -128 as int8; a scale of half may be 0."
+    torch.manual_seed(0)
+    for w in (torch.randn(1000, 100), 1e-6*torch.randn(20, 100)):
+        w = w.to(dtype).requires_grad_()
+        q, scale = quantize(w)
+        assert scale.dtype == dequantize(q, scale).dtype == torch.float32 and not scale.requires_grad and q.abs().max() == 127
+        assert ((dequantize(q, scale) - w).abs() <= scale[:, None]*0.5001).all()
+
+
+@pytest.mark.parametrize('w', [torch.tensor([[1., torch.nan]]), torch.tensor([[1., -torch.inf]]), torch.tensor([[1., 1e300]]).double()*1e300,
+                               torch.ones(2, 2, dtype=torch.bool), torch.ones(2, 2, dtype=torch.int), torch.zeros(3, 0), [[1., 2.]]], ids=str)
+def test_quantize_refuses(w):
+    with pytest.raises(ValueError, match='expected (finite )?weights') as error: quantize(w)
+    assert one_line(error.value)
+
+
+@pytest.mark.parametrize('bits', [2.5, '8', None, True, 1, 9])
+def test_quantize_wants_whole_bits(bits):
+    with pytest.raises(ValueError, match='expected 2 to 8 bits, got'): quantize(torch.randn(2, 3), bits)
+
+
+class Capped(nn.Linear):
+    def forward(self, x): return super().forward(x)*(1 if x.shape[0] <= 25 else 2)
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(30, 1))
+    def forward(self, x): return x + self.p[:x.shape[0]]
+
+
+@pytest.mark.parametrize('form', FORMS[:2])
+@pytest.mark.parametrize('net', [Capped(4, 2), Positions()], ids=['if', 'slice'])
+def test_a_number_of_rows_with_an_end(net, form, tmp_path):
+    with pytest.raises(ValueError, match='number of rows is not free') as error: export_model(net, tmp_path/f'a{form}', torch.randn(20, 4))
+    assert one_line(error.value) and not any(tmp_path.iterdir())
+
+
+def test_many_threads_at_once(tmp_path):
+    path, errors, out = export_model(Model(784, 8, 10), tmp_path/'a.pt2', torch.rand(4, 784)), [], sys.stdout
+    def load(i):
+        try:
+            time.sleep(i/100)
+            load_exported(path)
+        except ValueError as error: errors.append(error)
+    for _ in range(3):
+        threads = [threading.Thread(target=load, args=(i,)) for i in range(4)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+    assert not errors and sys.stdout is out and logging.root.manager.disable == 0
+
+
+class Shifts(nn.Module):
+    def forward(self, x):
+        x -= 1
+        return 2*x
+
+
+@pytest.mark.parametrize('form', FORMS[:2])
+@pytest.mark.parametrize('net', [Shifts(), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 3))], ids=['shifts', 'relu'])
+def test_the_example_stays(net, form, tmp_path):
+    x = torch.randn(20, 8)
+    before = x.clone()
+    run = load_exported(export_model(net, tmp_path/f'a{form}', x))
+    assert torch.equal(x, before)
+    torch.testing.assert_close(run(x.clone()), net(x.clone()).detach())
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('n', torch.zeros(()))
+    def forward(self, x):
+        self.n += 1
+        return x + self.n
+
+
+def test_the_first_call_of_a_program_is_the_first_of_the_model(tmp_path):
+    x = torch.zeros(20, 8)
+    run = load_exported(export_model(Counts(), tmp_path/'a.pt2', x))
+    assert [run(x)[0, 0].item() for _ in range(3)] == [1, 2, 3]
+
+
+class Negative(Learner):
+    def predict(self): self.pred = self.model(-self.xb[0])
+
+
+def test_a_learner_that_prepares_its_inputs(tmp_path, test_set):
+    x, y = (t[:100] for t in test_set)
+    net, dls = Model(784, 8, 10), (DataLoader(Dataset(x, y), 50), None)
+    prepares = Learner(net, dls, cbs=BatchTransform(lambda x: (x - 0.13)/0.31, valid=True))
+    for learn, words in ((prepares, 'BatchTransform'), (Negative(net, dls), 'predict')):
+        with pytest.raises(ValueError, match=f'changes inputs.*{words}.*or export learn.model') as error: export_model(learn, tmp_path/'a.pt2', x)
+        assert one_line(error.value) and not any(tmp_path.iterdir())
+        export_model(learn.model, tmp_path/'a.pt2', x).unlink()
+    trains = Learner(net, dls, cbs=BatchTransform(lambda x: x.flip(1)))
+    run = load_exported(export_model(trains, tmp_path/'a.pt2', x))
+    assert torch.equal(run(x), trains.predict(x))
+
+
+def test_a_page_is_compared_without_what_all_scores_share(tmp_path, test_set):
+    "Softmax doesn't see it, and a tenth of it hides everything."
+    x, net = test_set[0][:500], load_pretrained()
+    with torch.no_grad():
+        dead = (net.body(net.stem(x.view(-1, 1, 28, 28))).flatten(1).amax(0) == 0).nonzero()[0]
+        net.head.bias += 200
+        net.head.weight[:, dead] = 300.
+    with pytest.raises(ValueError, match='nothing was written'): export_model(net, tmp_path/'a.html', x)
+
+
+class Louder(Model):
+    def forward(self, x): return 1.02*super().forward(x)
+
+
+def test_a_page_has_no_code_of_a_subclass_or_a_hook(tmp_path, test_set):
+    hooked = Model(784, 8, 10)
+    hooked.layers[0].register_forward_hook(lambda m, args, out: 1.02*out)
+    for net, words in ((Louder(784, 8, 10), 'no Louder'), (hooked, 'no hooks')):
+        with pytest.raises(ValueError, match=words): export_model(net, tmp_path/'a.html', test_set[0][:20])
+
+
+class Mixed(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return torch.stack([1e6*y[:, 0], F.dropout(y[:, 1], 0.5, training=True)], 1)
+
+
+@pytest.mark.parametrize('form', FORMS[:2])
+def test_noise_in_a_column_of_small_scores(form, tmp_path):
+    with pytest.raises(ValueError, match='same scores each time') as error: export_model(Mixed(8, 2), tmp_path/f'a{form}', torch.randn(20, 8))
+    assert one_line(error.value) and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('form', ['.pt2', '.html'])
+def test_one_wrong_bit_is_seen(form, tmp_path, test_set):
+    x, random = test_set[0][:20], Random(0)
+    path = export_model(nn.Linear(784, 10), tmp_path/f'a{form}', x)
+    good, expected = path.read_bytes(), load_exported(path)(x)
+    for _ in range(40):
+        bad = bytearray(good)
+        bad[random.randrange(len(bad))] ^= 1 << random.randrange(8)
+        path.write_bytes(bad)
+        try: torch.testing.assert_close(load_exported(path)(x), expected, atol=1e-6, rtol=0)
+        except ValueError as error: assert one_line(error)
+
+
+# clear words
+
+class Ends(nn.Module):
+    "A layer, and what a function makes of its scores."
+    def __init__(self, func):
+        super().__init__()
+        self.layer, self.func = nn.Linear(8, 3), func
+    def forward(self, x): return self.func(self.layer(x))
+
+
+@pytest.mark.parametrize('form', FORMS[:2])
+@pytest.mark.parametrize('func, kind', [(lambda z: dict(logits=z), 'dict'), (lambda z: (z, z), 'tuple'), (lambda z: None, 'NoneType')], ids=['dict', 'tuple', 'None'])
+def test_scores_that_are_no_tensor(func, kind, form, tmp_path):
+    with pytest.raises(ValueError, match=f'gives one Tensor, got one of Ends that gives {kind}') as error: export_model(Ends(func), tmp_path/f'a{form}', torch.randn(9, 8))
+    assert one_line(error.value) and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('form', FORMS[:2])
+@pytest.mark.parametrize('func', [lambda z: z > 0, lambda z: z[:, :0], lambda z: z.masked_fill(torch.tensor([True, False, False]), -torch.inf), lambda z: z*torch.tensor([1, torch.nan, 1])],
+                         ids=['mask', 'empty', 'inf', 'nan'])
+def test_scores_of_other_kinds(func, form, tmp_path):
+    net, x = Ends(func), torch.randn(9, 8)
+    run = load_exported(export_model(net, tmp_path/f'a{form}', x))
+    torch.testing.assert_close(run(x), net(x).detach(), equal_nan=True)
+
+
+def test_a_page_with_one_score_is_compared_too(tmp_path, monkeypatch):
+    forms = exp.nb_32._FORMS
+    monkeypatch.setitem(forms, '.html', (forms['.html'][0], lambda data: lambda x: torch.zeros(len(x), 1), 0.1))
+    with pytest.raises(ValueError, match='nothing was written'): export_model(nn.Linear(784, 1), tmp_path/'a.html', torch.rand(9, 784))
+
+
+@pytest.mark.parametrize('func', [lambda z: z.sum(1), lambda z: z.mean(), lambda z: z[:, 0][:0]], ids=['column', 'number', 'nothing'])
+def test_scores_of_few_dimensions(func, tmp_path):
+    net, x = Ends(func), torch.randn(9, 8)
+    torch.testing.assert_close(load_exported(export_model(net, tmp_path/'a.pt2', x))(x), net(x).detach())
+
+
+def test_a_program_that_is_wrong_about_inf(tmp_path, monkeypatch):
+    "An infinity on one side only is a difference."
+    x, forms = torch.randn(9, 8), exp.nb_32._FORMS
+    monkeypatch.setitem(forms, '.pt2', (forms['.pt2'][0], lambda data: lambda x: torch.full((len(x), 3), torch.inf), 1e-5))
+    with pytest.raises(ValueError, match='nothing was written'): export_model(Ends(lambda z: z), tmp_path/'a.pt2', x)
+
+
+def lazy(): return nn.LazyLinear(3)
+def meta(): return nn.Linear(8, 3, device='meta')
+def scripted(): return torch.jit.trace(nn.Linear(8, 3), torch.randn(2, 8))
+def pruned():
+    net = nn.Linear(8, 3)
+    torch.nn.utils.prune.l1_unstructured(net, 'weight', 0.5)
+    net(torch.randn(2, 8))
+    return net
+def without_statistics(): return nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4, track_running_stats=False))
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('make, words', [(lazy, 'got a lazy one: call it once before'), (meta, 'a model that can be copied to the CPU, got one of Linear'),
+                                         (scripted, 'a model that can be copied to the CPU, got one of TopLevelTracedModule'), (pruned, 'a model that can be copied'),
+                                         (without_statistics, 'expected a model that takes any number of rows, got an error for 1:')])
+def test_models_that_can_not_be_exported(make, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as error: export_model(make(), tmp_path/'a.pt2', torch.randn(9, 8))
+    assert one_line(error.value) and not any(tmp_path.iterdir())
+
+
+def test_a_model_around_a_model(tmp_path):
+    net, x = nn.Linear(8, 3), torch.randn(9, 8)
+    assert torch.equal(load_exported(export_model(nn.DataParallel(net), tmp_path/'a.pt2', x))(x), net(x))
+
+
+@pytest.mark.parametrize('inputs, words', [((torch.randn(2, 4).double(),), r'got \(2, 4\) float64'), ((torch.randn(2, 4).numpy(),), 'got ndarray: expected Tensors'), (([1., 2.],), 'got list: expected Tensors')],
+                         ids=['double', 'array', 'list'])
+def test_inputs_of_another_kind(inputs, words, tmp_path):
+    run = load_exported(export_model(nn.Linear(4, 2), tmp_path/'a.pt2', torch.randn(9, 4)))
+    with pytest.raises(ValueError, match=words) as error: run(*inputs)
+    assert one_line(error.value)
+
+
+def test_weights_in_place_of_a_program(tmp_path):
+    torch.save(nn.Linear(4, 2).state_dict(), tmp_path/'a.pt2')
+    with pytest.raises(ValueError, match='made by another version of PyTorch, or no program at all') as error: load_exported(tmp_path/'a.pt2')
+    assert one_line(error.value)
+
+
+@pytest.mark.parametrize('layers, words', [((nn.Conv2d(1, 4, 3, padding='same'), nn.Linear(3136, 10)), 'padding=same'),
+                                           ((nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(2), nn.Linear(16, 10)), r'AdaptiveAvgPool2d\(output_size=1\), and not AdaptiveAvgPool2d\(output_size=2\)')], ids=['padding', 'mean'])
+def test_options_that_a_page_does_not_have(layers, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as error: export_model(nn.Sequential(*layers[:-1], nn.Flatten(), layers[-1]), tmp_path/'a.html', torch.rand(9, 1, 28, 28))
+    assert one_line(error.value)
+
+
+def test_a_page_leaves_out_dropout_and_escapes_a_name(tmp_path):
+    net = type('<b>', (nn.Sequential,), {})(nn.Conv2d(1, 4, 3), nn.Dropout2d(), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.AlphaDropout(), nn.Linear(4, 10))
+    assert '&lt;b&gt;, with 90 weights' in export_model(net, tmp_path/'a.html', torch.rand(9, 1, 28, 28)).read_text()
+
+
 # the command
 
 @pytest.fixture(scope='module')
@@ -254,3 +503,59 @@ def test_one_sentence_in_the_shell(args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=re.escape(words)) as error: exp.nb_32._exp_draw_command(['--no-browser', *args])
     assert one_line(error.value)
+
+
+def test_a_page_of_somebody_else_stays(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path/'draw.html'
+    page.write_text('my own')
+    with pytest.raises(ValueError, match='draw.html: expected a page of exp_draw.s, found another file: give a name by --file') as error: exp_draw(serve=False)
+    assert one_line(error.value) and page.read_text() == 'my own'
+    assert exp_draw(file='draw.html', serve=False).stat().st_size > 100_000
+    assert exp_draw(serve=False).name == 'draw.html'
+
+
+def test_a_folder_of_the_same_name(run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/run_folder.name).mkdir()
+    config = run_folder/'config.json'
+    config.write_text(config.read_text().replace('kmnist', 'mnist'))
+    assert exp_draw(run_folder.name, out=str(run_folder.parent), serve=False) == run_folder/'draw.html'
+
+
+def test_a_browser_that_stays_in_the_shell(tmp_path, monkeypatch, capsys):
+    "Such a one is over only when it has read the page."
+    monkeypatch.chdir(tmp_path)
+    answers = []
+    def browse(address):
+        try: answers.append(urllib.request.urlopen(address, timeout=5).read())
+        except OSError as error: answers.append(error)
+        _thread.interrupt_main()
+    monkeypatch.setattr(exp.nb_32.webbrowser, 'open', browse)
+    with contextlib.suppress(KeyboardInterrupt): exp_draw()
+    assert answers == [(tmp_path/'draw.html').read_bytes()]
+
+
+def test_a_browser_that_hangs_up(capfd):
+    with exp.nb_32._server(bytes(30_000_000), 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        for _ in range(3):
+            client = socket.create_connection(('127.0.0.1', server.server_port))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+            client.sendall(b'GET / HTTP/1.0\r\n\r\n')
+            client.recv(100)
+            client.close()
+        time.sleep(0.3)
+        server.shutdown()
+        thread.join()
+    assert capfd.readouterr() == ('', '')
+
+
+@pytest.mark.parametrize('error, code', [(KeyboardInterrupt(), 130), (RuntimeError('no memory\nat all'), 'exp_draw: RuntimeError: no memory')], ids=['ctrl-c', 'memory'])
+def test_an_export_that_ends_early(error, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    def fails(*args): raise error
+    monkeypatch.setattr(exp.nb_32, 'export_model', fails)
+    with pytest.raises(SystemExit) as found: exp.nb_32._exp_draw_command(['--no-serve'])
+    assert found.value.code == code
