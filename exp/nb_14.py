@@ -184,9 +184,8 @@ def _new_folder(name, parent):
 def _write_json(value, path):
     with atomic_write(path) as file: file.write((json.dumps(value, indent=1) + '\n').encode())
 
-def _begin_run(config, n_in, out): # n_in: pixels of an image; returns the folder
+def _begin_run(config, n_in, out, job=None): # n_in: pixels of an image; returns the folder
     "A new folder, or that of a job begun again: settings, versions of what computes, kind of device."
-    job = _job()
     folder = job and _folder_of(job, config, out)
     if folder: return folder
     folder = _new_folder(config.name, out)
@@ -385,7 +384,7 @@ def exp_train(resume:str=None, # a run to go on with: its folder, or its name in
         learn = make_learner(config)
         n_in = learn.dls[0].ds.x.shape[1]
         test_ds = _test_set(config, _device(config.device), n_in)
-        if not resume: folder = _once(team, partial(_begin_run, config, n_in, out))
+        if not resume: folder = _once(team, partial(_begin_run, config, n_in, out, _job()))
         _train(learn, config, folder, test_ds if test else None, team)
     return folder
 
