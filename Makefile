@@ -59,7 +59,7 @@ site: .venv/.site  ## build the site into _docs/, from the notebooks as they are
 	$(BIN)/python docs/build.py
 
 browser: site  ## walk through the site, JupyterLab and the cell for Colab, in Chromium
-	BROWSER_TESTS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/browser
+	BROWSER_TESTS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/browser
 
 drift: .venv/.dev  ## run the notebooks again and compare with the stored outputs
 	$(BIN)/python tests/drift.py nbs/[0-9]*.ipynb

@@ -3,7 +3,6 @@ import json, os, shutil, signal, socket, subprocess, sys, time, urllib.request
 import pytest
 from places import ROOT
 
-pytestmark = pytest.mark.xdist_group('lab')  # one JupyterLab for all
 SETTINGS = {'@jupyterlab/notebook-extension/tracker.jupyterlab-settings': {'windowingMode': 'none'},
             '@jupyterlab/apputils-extension/notification.jupyterlab-settings': {'fetchNews': 'false', 'checkForUpdates': False, 'doNotDisturbMode': True}}
 SLOW = 300_000  # ms; a notebook takes up to a minute
@@ -52,41 +51,73 @@ def lab(tmp_path_factory):
 
 class Notebook:
     "A notebook in JupyterLab, worked with the keyboard; what it has come to is read from the saved file."
+    PANEL = '.jp-NotebookPanel:not(.lm-mod-hidden)'
+
     def __init__(self, visit, lab, path):
         self.page, self.file = visit.page, lab[1]/path
         self.page.set_default_timeout(60_000)
         self.page.goto(f'{lab[0]}/lab/tree/{path}?token=t&reset')
-        self.page.wait_for_selector('.jp-Notebook .jp-Cell')
-        self.page.wait_for_selector('.jp-Toolbar-kernelStatus[data-status="idle"], .jp-Notebook-ExecutionIndicator[data-status="idle"]', state='attached')
-        self.page.click('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell .jp-InputPrompt, .jp-NotebookPanel:not(.lm-mod-hidden) .jp-MarkdownCell')
+        self.begin()
+
+    def begin(self):
+        self.page.wait_for_selector(f'{self.PANEL} .jp-Cell')
+        self.idle(60_000)
+        self.page.click(f'{self.PANEL} .jp-Cell .jp-InputPrompt, {self.PANEL} .jp-MarkdownCell')
         self.page.keyboard.press('Escape')
 
     def restart(self):
-        self.page.keyboard.press('0')
-        self.page.keyboard.press('0')
-        self.page.wait_for_selector('.jp-Dialog')
-        self.page.keyboard.press('Enter')
-        self.page.wait_for_selector('.jp-Dialog', state='detached')
-        self.idle()
+        "Now and then JupyterLab doesn't hear that the kernel is back and shows 'unknown' for ever: then, as anybody would, load the page anew."
+        for _ in range(4):
+            self.page.keyboard.press('0')
+            self.page.keyboard.press('0')
+            self.page.wait_for_selector('.jp-Dialog')
+            self.page.keyboard.press('Enter')
+            self.page.wait_for_selector('.jp-Dialog', state='detached')
+            if self.is_idle(30_000): return
+            self.page.reload()
+            self.begin()
+        raise AssertionError(f'the kernel is not back after four restarts, but {self.status()!r}')
 
-    def idle(self, timeout=SLOW):
-        self.page.wait_for_timeout(300)
-        self.page.wait_for_function('''() => { const e = document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-ExecutionIndicator');
-            return e && e.dataset.status == 'idle' && ![...document.querySelectorAll('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-InputPrompt')].some(p => p.textContent.includes('*')) }''', timeout=timeout)
+    def status(self): return self.page.locator(f'{self.PANEL} .jp-Notebook-ExecutionIndicator').get_attribute('data-status')
+
+    def is_idle(self, timeout):
+        "Does the kernel come to rest, with no cell left to run, within so many ms?"
+        end = time.time() + timeout/1000
+        while time.time() < end:
+            self.page.wait_for_timeout(300)
+            waiting = self.page.locator(f'{self.PANEL} .jp-InputPrompt', has_text='*').count()
+            if self.status() == 'idle' and not waiting: return True
+        return False
+
+    def idle(self, timeout=SLOW): assert self.is_idle(timeout), f'the kernel is {self.status()!r} after {timeout/1000:.0f} s'
+
+    def active(self):
+        "The index of the cell that the keys go to."
+        return self.page.evaluate(f'''() => [...document.querySelectorAll('{self.PANEL} .jp-Cell')].findIndex(c => c.classList.contains('jp-mod-active'))''')
+
+    def until(self, key, there):
+        "Press a key until the active cell is `there(index)`: while the page is busy, a press may be lost."
+        for _ in range(60):
+            self.page.keyboard.press(key)
+            for _ in range(20):
+                if there(self.active()): return
+                self.page.wait_for_timeout(25)
+        raise AssertionError(f'{key} leaves the active cell at {self.active()}')
 
     def top(self):
         self.page.keyboard.press('Escape')
-        self.page.keyboard.press('Control+Home')
-        for _ in range(3): self.page.keyboard.press('k')
+        self.until('Control+Home', lambda at: at == 0)
 
     def run(self, n):
-        for _ in range(n): self.page.keyboard.press('Shift+Enter')
+        for _ in range(n):
+            before = self.active()
+            self.until('Shift+Enter', lambda at: at != before)
 
     def saved(self):
         self.page.keyboard.press('Escape')
         before = self.file.stat().st_mtime_ns
         self.page.keyboard.press('Control+s')
-        for _ in range(100):
+        for _ in range(600):
             if self.file.stat().st_mtime_ns != before: break
             self.page.wait_for_timeout(100)
         self.page.wait_for_timeout(200)
