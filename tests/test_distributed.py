@@ -463,6 +463,11 @@ def test_more_ranks_than_wrote_a_checkpoint_draw_other_numbers(wrote, now, tmp_p
 
 # Parts of the weights
 
+def test_one_name_asks_whether_a_tensor_is_sharded():
+    source = (ROOT/'exp/nb_31.py').read_text()
+    assert source.count("'full_tensor'") == 1
+
+
 needs_fsdp = pytest.mark.skipif(not hasattr(fsdp, 'fully_shard'), reason='fully_shard came with PyTorch 2.6')
 
 def sharded(rank, folder=None, load=False, strategy='fsdp', epochs=2, cbs=lambda: [], rows=640, drop_last=True, opt_func=torch.optim.AdamW):
