@@ -83,7 +83,7 @@ class Team:
 # %% ../nbs/31_distributed.ipynb #310106
 class Distributed(Callback):
     """Trains with all processes that torchrun has started. Each predicts its part of each batch, and all take
-    the same step. Raises `ValueError` for what can't be divided, and if the weights of the ranks part."""
+    the same step. Raises `ValueError` for what can't be divided, and where weights of ranks differ."""
     order = -8  # after GradientAccumulation, before clipping and 16 bits
     everywhere = True  # in a validation within the fit, too
     checks = ()  # raise an error for what would not come out right
@@ -257,7 +257,7 @@ def _adds_nothing(metric):
 @patch
 @torch.no_grad()
 def after_backward(self:Distributed, learn):
-    "Average the gradients of all ranks, each by its weight, as one vector."
+    "Average the gradients of all ranks, each by its number of rows, as one vector."
     params = [p for group in learn.opt.param_groups for p in group['params'] if p.requires_grad]
     if self.strategy == 'fsdp': return self.average_rest(params)
     if any(p.grad is not None and p.grad.is_sparse for p in params):
@@ -325,7 +325,7 @@ def _checksum(value):
 
 @patch
 def compare(self:Distributed, learn):
-    "Raise `ValueError` on all ranks if their weights, or the numbers of their steps, have parted."
+    "Raise `ValueError` on all ranks if their weights, or the numbers of their steps, differ."
     named = [(name, p) for m in learn.modules for name, p in m.named_parameters() if not _is_part(p)]
     sums, names = [_checksum(p) for _, p in named], [name for name, _ in named]
     steps, *found = zip(*self.team.gather_all([self.steps, *sums]))
