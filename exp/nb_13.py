@@ -821,7 +821,9 @@ def _of_rank(state, team, path):
     if state.get('fit', {}).get('iter') and max(1, len(parts)) != size:
         raise CheckpointError(f'{path}: expected {size} processes, as now, found a part of an epoch of '
                               f'{max(1, len(parts))}: go on with as many, or from the end of an epoch')
-    if rank >= len(parts): return state
+    if rank >= len(parts):  # not there when it was written: only the order of the rows is common to all
+        if not rank or 'random' not in state: return state
+        return state | dict(random=get_rng_state() | dict(loaders=state['random']['loaders']))
     part = parts[rank]
     return state | dict(random=part['random'], cbs=part['cbs'],
                         model=_ordered(state['model'] | part['buffers'], state['model']),

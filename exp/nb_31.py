@@ -83,7 +83,7 @@ class Team:
 # %% ../nbs/31_distributed.ipynb #310106
 class Distributed(Callback):
     """Trains with all processes that torchrun has started. Each predicts its part of each batch, and all take
-    the same step. Raises `ValueError` for what can't be divided, and if the weights of the ranks part."""
+    the same step. Raises `ValueError` for what can't be divided, and where weights of ranks differ."""
     order = -8  # after GradientAccumulation, before clipping and 16 bits
     everywhere = True  # in a validation within the fit, too
     checks = ()  # raise an error for what would not come out right
@@ -257,7 +257,7 @@ def _adds_nothing(metric):
 @patch
 @torch.no_grad()
 def after_backward(self:Distributed, learn):
-    "Average the gradients of all ranks, each by its weight, as one vector."
+    "Average the gradients of all ranks, each by its number of rows, as one vector."
     params = [p for group in learn.opt.param_groups for p in group['params'] if p.requires_grad]
     if self.strategy == 'fsdp': return self.average_rest(params)
     if any(p.grad is not None and p.grad.is_sparse for p in params):
@@ -288,15 +288,17 @@ class _Told(Sampler):
         yield from self.team.broadcast([*self.own] if self.team.rank == 0 else None)
 
 # %% ../nbs/31_distributed.ipynb #310256
+def _is_part(p): return hasattr(p, 'full_tensor')  # a sharded weight, of which each rank has a part
+
 @patch
 @torch.no_grad()
 def align(self:Distributed, learn):
     "Begin alike: weights, optimizer and the order of the rows of rank 0; other dropout on each rank."
     for t in [t for m in learn.modules for t in (*m.parameters(), *m.buffers())]:
-        if hasattr(t, 'full_tensor'): continue  # sharded ones are alike already
+        if _is_part(t): continue  # sharded ones are alike already
         first = self.team.from_first(t)
         if not t.equal(first): t.copy_(first)  # one that repeats a number can't be written to
-    if not any(hasattr(p, 'full_tensor') for p in learn.model.parameters()): self.align_opt(learn.opt)
+    if not any(map(_is_part, learn.model.parameters())): self.align_opt(learn.opt)
     for part in [dl.batches for dl in learn.dls if dl is not None]:
         if type(part.whole) is not Sampler: part.whole = _Told(part.whole, self.team)
         part.generator.set_state(self.team.broadcast(part.generator.get_state()))
@@ -323,10 +325,9 @@ def _checksum(value):
 
 @patch
 def compare(self:Distributed, learn):
-    "Raise `ValueError` on all ranks if their weights, or the numbers of their steps, have parted."
-    named = [(name, p) for m in learn.modules for name, p in m.named_parameters()]
-    sums = [_checksum(p) for _, p in named if not hasattr(p, 'full_tensor')]
-    names = [name for name, p in named if not hasattr(p, 'full_tensor')]
+    "Raise `ValueError` on all ranks if their weights, or the numbers of their steps, differ."
+    named = [(name, p) for m in learn.modules for name, p in m.named_parameters() if not _is_part(p)]
+    sums, names = [_checksum(p) for _, p in named], [name for name, _ in named]
     steps, *found = zip(*self.team.gather_all([self.steps, *sums]))
     odd = [name for name, values in zip(names, found) if len({*values}) > 1]
     if not odd and len({*steps}) == 1: return
@@ -359,7 +360,6 @@ def around_pass(self:Distributed, learn):
 
 # %% ../nbs/31_distributed.ipynb #310107
 def _refuse(own, words): raise ValueError(f'Distributed({own.strategy!r}) expected {words}')
-def _is_part(p): return hasattr(p, 'full_tensor')  # of a weight: a sharded one
 
 def _check_fit(learn, own):
     "Raise `ValueError` for a fit that several processes can't share."

@@ -1,5 +1,5 @@
 "Several processes train as one would: equal weights, results, decisions and files; they stop together, and go on bit for bit."
-import copy, faulthandler, json, os, signal, socket, subprocess, sys, time
+import copy, faulthandler, json, os, shutil, signal, socket, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 import pytest
@@ -435,7 +435,38 @@ def test_other_numbers_of_ranks(tmp_path):
     more_ranks(0, folder=tmp_path/'within1', words='expected 1 processes', both=False)
 
 
+class Draws(Callback):
+    "Notes the first random numbers of an epoch, after a checkpoint has put the states back."
+    order = 200
+    def before_epoch(self, learn): self.drawn = torch.rand(4).tolist()
+
+def drawing(rank, folder, epochs, both=True):
+    learn, draws = new_learner(), Draws()
+    learn.fit(epochs, cbs=[*([Distributed()] if both else []), Checkpoint(folder, resume=True), draws])
+    return dict(drawn=draws.drawn, weights=weights(learn))
+
+@pytest.mark.parametrize('wrote, now', ((1, 2), (2, 3), (3, 2), ('one process', 2)))
+def test_more_ranks_than_wrote_a_checkpoint_draw_other_numbers(wrote, now, tmp_path):
+    "Those that were there go on with their own numbers, each further one has others; the order of the rows is the same for all."
+    run, plain = tmp_path/'run', tmp_path/'plain'
+    if wrote == 'one process': drawing(0, run, 1, both=False)
+    else: ranks(partial(drawing, folder=run, epochs=1), wrote, tmp_path/'a')
+    shutil.copytree(run, plain)
+    found = ranks(partial(drawing, folder=run, epochs=2), now, tmp_path/'b')
+    assert len({tuple(f['drawn']) for f in found}) == now
+    for other in found[1:]: assert other['weights'].equal(found[0]['weights'])
+    if wrote == 'one process': before = [drawing(0, plain, 2, both=False)]
+    else: before = ranks(partial(drawing, folder=plain, epochs=2), wrote, tmp_path/'c')
+    for a, b in zip(found, before): assert a['drawn'] == b['drawn']
+    torch.testing.assert_close(found[0]['weights'], before[0]['weights'], rtol=1e-5, atol=1e-5)
+
+
 # Parts of the weights
+
+def test_one_name_asks_whether_a_tensor_is_sharded():
+    source = (ROOT/'exp/nb_31.py').read_text()
+    assert source.count("'full_tensor'") == 1
+
 
 needs_fsdp = pytest.mark.skipif(not hasattr(fsdp, 'fully_shard'), reason='fully_shard came with PyTorch 2.6')
 
