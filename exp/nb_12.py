@@ -228,7 +228,7 @@ _SHARES, _NUMBERS = ('momentum', 'alpha', 'betas'), ('lr', 'weight_decay', 'eps'
 def refuse_foreign(self:BaseOptimizer, group):
     "Remove the options that only others have; raise `ValueError` for one that is not off."
     neutral = _OFF | self.twin_options | {name: self.defaults[name] for name in self.names}
-    for name in group.keys() & (neutral.keys() - self.option_names(group)):
+    for name in [name for name in neutral if name in group and name not in self.option_names(group)]:
         if (group[name] or None) != (neutral[name] or None):  # 0, False and None all mean off
             raise ValueError(f'{type(self).__name__} expected {name}={neutral[name]}, got {group[name]}')
         del group[name]
@@ -271,8 +271,8 @@ def _muon_step(opt, params, grads, lr, weight_decay, momentum, nesterov, ns_step
     means = opt.recall(params, 'momentum_buffer')
     torch._foreach_lerp_(means, grads, 1 - momentum)
     torch._foreach_mul_(params, 1 - lr*weight_decay)
-    if nesterov: means = torch._foreach_lerp(grads, means, momentum)
-    for p, mean in zip(params, means):
+    for p, grad, mean in zip(params, grads, means):
+        if nesterov: mean = grad.lerp(mean, momentum)
         step = newton_schulz(mean.flatten(1), ns_steps, dtype=ns_dtype)
         rows, cols = step.shape
         p.sub_(step.view_as(p)*(lr*math.sqrt(max(1, rows/cols))))

@@ -24,7 +24,6 @@ from .nb_04 import DataLoader, Dataset, Sampler
 from .nb_05 import Metric, brief, is_sum
 from .nb_10 import Callback, load_opt_state
 from .nb_11 import get_rng_state, set_rng_state
-from .nb_12 import BaseOptimizer
 from .nb_13 import Checkpoint, CheckpointError, Monitor
 from .nb_15 import GradientAccumulation
 
@@ -408,8 +407,6 @@ def _check_parts(learn, own):
     names = {c.__name__ for cb in learn.running for c in type(cb).__mro__}
     for name in _WHOLE:
         if name in names: _refuse(own, f"no {name.replace('_Sweep', 'lr_find')}, which works with 'ddp'")
-    if isinstance(learn.opt, BaseOptimizer):
-        _refuse(own, f'an optimizer of torch.optim, got {type(learn.opt).__name__} of exp.nb_12')
     for dl in learn.dls:
         if dl is not None and 0 < _tail(dl) < own.team.size:
             _refuse(own, 'at least one row for each process in each batch')

@@ -1,6 +1,8 @@
-"One thread, no display, Ctrl-C as in the foreground, and a fixed seed before each test."
+"One thread, no display, no GPU, Ctrl-C as in the foreground, and a fixed seed before each test."
 import os, signal
 os.environ['MPLBACKEND'] = 'Agg'
+# Bits are compared and processes forked, which is for CPUs. `GPU_TESTS=1 pytest -k 'cuda or gpu or nccl' tests` is for GPUs.
+if not os.environ.get('GPU_TESTS'): os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 import pytest
 import torch

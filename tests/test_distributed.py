@@ -14,7 +14,7 @@ from exp.nb_03 import accuracy
 from exp.nb_04 import DataLoader, Dataset
 from exp.nb_10 import Callback, CancelBatch, CancelFit, Learner
 from exp.nb_11 import Scheduler, sched_one_cycle
-from exp.nb_12 import EMA, SGD, AdamW, Muon
+from exp.nb_12 import EMA, SGD, Adam, AdamW, Muon, RMSProp
 from exp.nb_13 import Checkpoint, CheckpointError, EarlyStopping, SaveBest
 from exp.nb_15 import GradientAccumulation, GradientClip
 from exp.nb_30 import Compile, MixedPrecision, Record
@@ -470,7 +470,7 @@ def test_one_name_asks_whether_a_tensor_is_sharded():
 
 needs_fsdp = pytest.mark.skipif(not hasattr(fsdp, 'fully_shard'), reason='fully_shard came with PyTorch 2.6')
 
-def sharded(rank, folder=None, load=False, strategy='fsdp', epochs=2, cbs=lambda: [], rows=640, drop_last=True, opt_func=torch.optim.AdamW):
+def sharded_with(rank, folder=None, load=False, strategy='fsdp', epochs=2, cbs=lambda: [], rows=640, drop_last=True, opt_func=torch.optim.AdamW):
     learn = new_learner(opt_func, rows=rows, drop_last=drop_last, valid=135)
     if load == 'plain': load_sharded(learn, folder)
     else:
@@ -485,11 +485,14 @@ def sharded(rank, folder=None, load=False, strategy='fsdp', epochs=2, cbs=lambda
 
 
 @needs_fsdp
-@pytest.mark.parametrize('rows, drop_last', ((640, True), (645, False)))
-def test_fsdp_as_ddp(rows, drop_last, tmp_path):
-    options = dict(rows=rows, drop_last=drop_last, cbs=lambda: [GradientClip(0.5)])
-    for n in (2, 3):
-        plain, parts = (ranks(partial(sharded, strategy=s, **options), n, tmp_path/f'{s}{n}') for s in ('ddp', 'fsdp'))
+@pytest.mark.parametrize('rows, drop_last, opt_func, sizes', [
+    (640, True, torch.optim.AdamW, (2, 3)), (645, False, AdamW, (2, 3)),
+    *((640, True, opt_func, (3,)) for opt_func in (partial(SGD, momentum=0.9, nesterov=True, weight_decay=0.1), RMSProp, Adam, Muon))],
+    ids=['torch', 'AdamW', 'SGD', 'RMSProp', 'Adam', 'Muon'])
+def test_fsdp_as_ddp(rows, drop_last, opt_func, sizes, tmp_path):
+    options = dict(rows=rows, drop_last=drop_last, opt_func=opt_func, cbs=lambda: [GradientClip(0.5)])
+    for n in sizes:
+        plain, parts = (ranks(partial(sharded_with, strategy=s, **options), n, tmp_path/f'{s}{n}') for s in ('ddp', 'fsdp'))
         for part in parts:
             torch.testing.assert_close(part['weights'], plain[0]['weights'], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(part['losses'], plain[0]['losses'], rtol=1e-4, atol=1e-5)
@@ -498,9 +501,10 @@ def test_fsdp_as_ddp(rows, drop_last, tmp_path):
 
 
 @needs_fsdp
-def test_sharded_checkpoints(tmp_path):
+@pytest.mark.parametrize('opt_func', [torch.optim.AdamW, AdamW, Muon], ids=['torch', 'AdamW', 'Muon'])
+def test_sharded_checkpoints(opt_func, tmp_path):
     "Written by two ranks; read by two bit for bit, by three, and by one that has all weights."
-    folder = tmp_path/'parts'
+    folder, sharded = tmp_path/'parts', partial(sharded_with, opt_func=opt_func)
     ranks(partial(sharded, folder=folder), 2, tmp_path/'a')
     two, again = (ranks(partial(sharded, folder=folder, load=True, epochs=1), 2, tmp_path/name) for name in 'bc')
     assert two[0]['weights'].equal(again[0]['weights'])
@@ -515,7 +519,6 @@ def refused_sharded(rank, cbs, opt_func, words):
     with pytest.raises(ValueError, match=words): learn.fit(1, cbs=[*cbs(), Distributed('fsdp')])
 
 @pytest.mark.parametrize('cbs, opt_func, words', [
-    (lambda: [], AdamW, 'expected an optimizer of torch.optim, got AdamW of exp.nb_12'),
     (lambda: [EMA()], torch.optim.AdamW, "expected no EMA, which works with 'ddp'"),
     (lambda: [Record()], torch.optim.AdamW, 'expected no Record'),
     (lambda: [GradientAccumulation(2)], torch.optim.AdamW, 'expected no GradientAccumulation')])
@@ -598,10 +601,35 @@ def test_an_error_is_told_and_ends_the_job(tmp_path):
     assert code == 1 and 'ArithmeticError: of rank 1' in text
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
-def test_nccl(tmp_path):
-    "The same on two GPUs, started afresh, since CUDA can't be forked."
-    (tmp_path/'train.py').write_text("from exp.nb_14 import exp_train\nexp_train(epochs=1, bs=500, device='cuda', name='a')\n")
-    code, text = torchrun('train.py', cwd=tmp_path)
+NCCL = '''
+import sys, torch
+from exp.nb_00 import set_seed
+from exp.nb_02 import Model
+from exp.nb_04 import Dataset, get_dls
+from exp.nb_10 import Learner
+from exp.nb_12 import AdamW
+from exp.nb_14 import exp_train
+from exp.nb_15 import Device
+from exp.nb_31 import Distributed
+
+def trained(*cbs):
+    set_seed(42)
+    train, valid = (Dataset(torch.randn(n, 20), torch.randint(10, (n,))) for n in (600, 100))
+    model = Model(20, 50, 10)
+    learn = Learner(model, get_dls(train, valid, bs=48, seed=1), opt_func=AdamW, lr=1e-2, cbs=[Device('cuda'), *cbs])
+    learn.fit(2)
+    return [p.full_tensor() if hasattr(p, 'full_tensor') else p for p in map(torch.Tensor.detach, model.parameters())]
+
+together = [trained(Distributed(strategy)) for strategy in ('ddp', 'fsdp')]
+for found in together:
+    for a, b in zip(found, trained()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+exp_train(epochs=1, bs=500, device='cuda', name='a')
+'''
+
+@pytest.mark.parametrize('n', [pytest.param(n, marks=pytest.mark.skipif(torch.cuda.device_count() < n, reason=f'needs {n} CUDA devices')) for n in (1, 2)])
+def test_nccl(n, tmp_path):
+    "The same on GPUs, started afresh, since CUDA can't be forked."
+    (tmp_path/'train.py').write_text(NCCL)
+    code, text = torchrun('train.py', cwd=tmp_path, n=n)
     assert code == 0, text
     assert folder_of(tmp_path)[1]

@@ -661,6 +661,16 @@ def test_a_checkpoint_of_a_machine_with_more_devices(tmp_path):
     assert torch.equal(far.recorder.losses, near.recorder.losses)
 
 
+def test_random_states_of_a_gpu_that_is_not_in_use(monkeypatch):
+    "They are not asked for, since asking starts CUDA, and raises in a forked process."
+    def refuse(): raise RuntimeError('Cannot re-initialize CUDA in forked subprocess')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_rng_state_all', refuse)
+    assert 'cuda' not in get_rng_state()
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    with pytest.raises(RuntimeError): get_rng_state()
+
+
 # Others who change the loaders, and numbers of theirs
 
 def small_dls(n, bs=4, seed=3):
