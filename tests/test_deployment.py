@@ -453,6 +453,114 @@ def test_a_page_leaves_out_dropout_and_escapes_a_name(tmp_path):
     assert '&lt;b&gt;, with 90 weights' in export_model(net, tmp_path/'a.html', torch.rand(9, 1, 28, 28)).read_text()
 
 
+# what a stranger would try
+
+class Many(nn.Module):
+    def forward(self, *inputs): return sum(inputs)
+
+
+@pytest.mark.parametrize('form', FORMS[:2])
+@pytest.mark.parametrize('n', [1, 3])
+def test_a_forward_that_takes_any_inputs(n, form, tmp_path):
+    inputs = tuple(torch.randn(9, 4) for _ in range(n))
+    run = load_exported(export_model(Many(), tmp_path/f'a{form}', inputs))
+    torch.testing.assert_close(run(*(x[:5] for x in inputs)), sum(inputs)[:5])
+
+
+@pytest.mark.parametrize('form', FORMS[:2])
+def test_another_number_of_inputs(form, tmp_path):
+    "Or of rows, which a runtime would spread without a word."
+    x, one = torch.randn(9, 4), torch.randn(1, 4)
+    run = load_exported(export_model(nn.Bilinear(4, 4, 2), tmp_path/f'a{form}', (x, x)))
+    for inputs, words in (((x,), 'another number of inputs'), ((x, x, x), 'another number of inputs'), ((x, one), 'expected as many rows of each')):
+        with pytest.raises(ValueError, match=f'expected inputs as in the export, got .*: {words}') as error: run(*inputs)
+        assert one_line(error.value)
+
+
+@pytest.mark.parametrize('name', ['.pt2', 'a.PT2', 'a.Html'])
+def test_a_name_that_only_looks_right(name, tmp_path):
+    with pytest.raises(ValueError, match=f'in small letters, such as model.pt2, got {name!r}'): export_model(nn.Linear(4, 2), tmp_path/name, torch.randn(2, 4))
+
+
+def test_an_example_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r'a Tensor \(n, ...\) of inputs or a tuple of such, got'): export_model(nn.Linear(4, 2), tmp_path/'a.pt2', dict(input=torch.randn(2, 4)))
+
+
+@needs_extra
+def test_an_operation_that_onnx_does_not_have(tmp_path):
+    with pytest.raises(ValueError, match='No ONNX function found for .*_linalg_svd') as error:
+        export_model(Ends(lambda z: torch.linalg.svdvals(z[:, None]*z[:, :, None])), tmp_path/'a.onnx', torch.randn(9, 8))
+    assert one_line(error.value) and '\x1b' not in str(error.value)
+
+
+@needs_extra
+def test_onnx_within_autocast(tmp_path):
+    "Its 16 bits would stay in the file for ever, where a program of PyTorch's follows autocast as the network does."
+    net, x = nn.Linear(8, 3), torch.randn(9, 8)
+    with torch.autocast('cpu', torch.bfloat16):
+        with pytest.raises(ValueError, match='16 bits of autocast') as error: export_model(net, tmp_path/'a.onnx', x)
+        export_model(net, tmp_path/'a.pt2', x)
+    assert one_line(error.value)
+    assert torch.equal(load_exported(tmp_path/'a.pt2')(x), net(x))
+
+
+def test_long_words_of_torch_are_cut(tmp_path):
+    class Speaks(nn.Module):
+        def forward(self, x): raise RuntimeError('no '*300)
+    with pytest.raises(ValueError, match='no no') as error: export_model(Speaks(), tmp_path/'a.pt2', torch.randn(2, 4))
+    assert one_line(error.value)
+
+
+@pytest.mark.parametrize('bias', [torch.inf, -torch.inf, torch.nan])
+def test_a_page_has_finite_numbers(bias, tmp_path):
+    net = nn.Linear(784, 10)
+    net.bias.data[3] = bias
+    with pytest.raises(ValueError, match='expected finite') as error: export_model(net, tmp_path/'a.html', torch.rand(9, 784))
+    assert one_line(error.value) and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('net', [nn.Sequential(nn.Conv2d(1, 3, 3)), nn.Sequential(nn.ReLU())], ids=['conv', 'relu'])
+def test_a_page_shows_a_score_for_each_class(net, tmp_path):
+    "And not planes of numbers, each as a bar."
+    with pytest.raises(ValueError, match=r'a page shows scores \(n, classes\), and no \(2, ') as error: export_model(net, tmp_path/'a.html', torch.rand(9, 1, 28, 28))
+    assert one_line(error.value) and not any(tmp_path.iterdir())
+
+
+class Interrupted(nn.Module):
+    "Ctrl-C comes while it is exported, once or twice."
+    def __init__(self, after):
+        super().__init__()
+        self.after = after  # functions to call after each
+    def forward(self, x):
+        if type(x).__name__ == 'FakeTensor':
+            for func in self.after:
+                signal.raise_signal(signal.SIGINT)
+                func()
+        return 2*x
+
+
+@pytest.mark.parametrize('form', FORMS[:2])
+@pytest.mark.parametrize('times', [1, 2])
+def test_ctrl_c_waits_for_the_exporter(times, form, tmp_path):
+    "torch, stopped within an export, may take all tensors for stand-ins from then on; a second Ctrl-C doesn't wait."
+    seen, path, handler = [], tmp_path/f'a{form}', signal.getsignal(signal.SIGINT)
+    def after(): seen.append('went on')
+    path.write_text('older')
+    with pytest.raises(KeyboardInterrupt): export_model(Interrupted([after]*times), path, torch.randn(9, 4))
+    assert seen == ['went on']
+    assert signal.getsignal(signal.SIGINT) is handler and logging.root.manager.disable == 0
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_text() == 'older'
+    export_model(nn.Linear(4, 2), path, torch.randn(9, 4))
+
+
+def test_ctrl_c_that_is_ignored_stays_so(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        export_model(nn.Linear(4, 2), tmp_path/'a.pt2', torch.randn(9, 4))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally: signal.signal(signal.SIGINT, before)
+
+
 # the command
 
 @pytest.fixture(scope='module')
