@@ -85,7 +85,8 @@ class TransformerBlock(nn.Module):
                  act=nn.GELU): # function () -> layer, its activation
         super().__init__()
         self.pre_norm, self.attention = pre_norm, Attention(dim, heads, causal)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp*dim), act(), nn.Linear(mlp*dim, dim))
+        hidden = whole_number(mlp, 'mlp')*dim
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), act(), nn.Linear(hidden, dim))
         self.norm1, self.norm2, self.dropout = nn.LayerNorm(dim), nn.LayerNorm(dim), Dropout(dropout)
 
     def forward(self, x, mask=None, cache=None): # as in `Attention`
@@ -134,7 +135,7 @@ class KVCache:
         "Take in new tokens; raises `ValueError` if there is no room for them, or they don't belong here."
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise RuntimeError('expected a cache to be used without gradients, got keys that want some')
-        end, (n, heads, t, d) = self.length + k.shape[2], k.shape
+        end, (n, heads, _, d) = self.length + k.shape[2], k.shape
         if end > self.room: raise ValueError(f'expected at most {self.room} tokens in the cache, got {end}')
         if self.keys is None: self.keys, self.values = k.new_empty(2, n, heads, self.room, d).unbind()
         full = n, heads, self.room, d
