@@ -977,4 +977,5 @@ d = { 'settings': { 'branch': 'main',
                            'exp.nb_32.exp_draw': ('deployment.html#exp_draw', 'exp/nb_32.py'),
                            'exp.nb_32.export_model': ('deployment.html#export_model', 'exp/nb_32.py'),
                            'exp.nb_32.load_exported': ('deployment.html#load_exported', 'exp/nb_32.py'),
-                           'exp.nb_32.quantize': ('deployment.html#quantize', 'exp/nb_32.py')}}}
+                           'exp.nb_32.quantize': ('deployment.html#quantize', 'exp/nb_32.py')},
+            'exp.nb_41': {}}}
