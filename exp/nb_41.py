@@ -17,7 +17,7 @@ from .nb_01 import get_data
 from .nb_04 import Dataset, get_dls
 from .nb_05 import whole_number
 from .nb_10 import Learner
-from .nb_11 import fit_one_cycle
+from .nb_11 import Scheduler, sched_one_cycle
 from .nb_12 import AdamW
 from .nb_20 import as_images, conv
 from .nb_30 import Record
@@ -78,8 +78,8 @@ def train_scorer(seed:int=0, # of weights and order: the same seed gives the sam
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         scorer = Scorer(classes=int(y.max()) + 1)
-        dls = get_dls(ds, ds, bs, seed=seed)[0], None
-        Learner(scorer, dls, opt_func=AdamW, progress=False).fit_one_cycle(epochs, 3e-3, cbs=Record())
+        learn = Learner(scorer, (get_dls(ds, ds, bs, seed=seed)[0], None), opt_func=AdamW, progress=False)
+        learn.fit(epochs, cbs=[Scheduler(lr=sched_one_cycle(1e-4, 3e-3, 1e-7)), Record()])
     seen = scorer.features(x)
     std, scorer.center = torch.std_mean(seen, 0)
     scorer.scale = std.clamp(min=1e-6)  # a feature may be the same for all
@@ -157,9 +157,10 @@ def kid(a, # features (n, d), n at least 2
 def _similarity(a, b=None):
     "Mean of the kernel over all pairs; within one cloud, without those of a point with itself."
     other, d = a if b is None else b, a.shape[1]
-    total = sum((part @ other.T/d + 1).pow(3).sum() for part in a.split(1000))
+    def cube(k): return k*k*k  # sooner than `pow`
+    total = sum(cube(part @ other.T/d + 1).sum() for part in a.split(100))
     if b is not None: return total/(len(a)*len(b))
-    return (total - (a.square().sum(1)/d + 1).pow(3).sum())/(len(a)*(len(a) - 1))
+    return (total - cube(a.square().sum(1)/d + 1).sum())/(len(a)*(len(a) - 1))
 
 # %% ../nbs/41_autoencoders.ipynb #410051
 class Autoencoder(nn.Module):
