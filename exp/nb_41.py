@@ -139,7 +139,7 @@ def frechet_distance(a, # features (n, d), n > d, or their `Moments`
 @patch
 def distance(self:Scorer,
              x:Tensor, # images (n, 784) or (n, 1, 28, 28) in [0, 1], more than it has features
-            ) -> float: # about the same for every n only above some thousands: compare equal n
+            ) -> float: # at least 0; compare it for equal n only
     "Fréchet distance of images to those that the scorer was trained on."
     return frechet_distance(self.features(x), Moments(torch.zeros(len(self.cov)).double(), self.cov.double()))
 
