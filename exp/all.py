@@ -32,3 +32,4 @@ from exp.nb_30 import *
 from exp.nb_31 import *
 from exp.nb_32 import *
 from exp.nb_40 import *
+from exp.nb_41 import *
