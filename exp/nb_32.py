@@ -55,7 +55,7 @@ _FORMS['.pt2'] = _Form(_to_pt2, _from_pt2, 1e-5)  # 0 for our network; see "For 
 
 # %% ../nbs/32_deployment.ipynb #320049
 def _largest(scores):
-    "The largest size of a score; inf and nan don't count."
+    "The largest magnitude of a score; inf and nan don't count."
     sizes = scores[scores.isfinite()].double().abs()
     return sizes.max().item() if len(sizes) else 0.
 
@@ -75,12 +75,12 @@ def export_model(learn, # a Learner or a model; is afterwards as it was before
     """Write a network as a program for any number of rows, if it gives the same scores when it is read back.
     Raises `ValueError` if it can't be exported or differs, `ImportError` without what a form needs."""
     path, inputs = Path(path), example if isinstance(example, tuple) else (example,)
-    form = _FORMS[path.suffix]                                   # rule 2
-    model = copy.deepcopy(learn).eval()                          # rule 1
-    data = form.write(model, tuple(x[:2].clone() for x in inputs))
-    run = form.read(data)                                        # rule 3
+    form = _FORMS[path.suffix]                                      # rule 2
+    model = copy.deepcopy(learn).eval()                             # rule 1
+    data = form.write(model, tuple(x[:2].clone() for x in inputs))  # rule 1
+    run = form.read(data)                                           # rule 3
     for n in sorted({1, 2, len(inputs[0])}): _compare(run, model, [x[:n] for x in inputs], form)
-    with atomic_write(path) as file: file.write(data)            # rule 4
+    with atomic_write(path) as file: file.write(data)               # rule 4
     return path
 
 # %% ../nbs/32_deployment.ipynb #320053
@@ -324,7 +324,7 @@ def _late():
     def note(number, frame):
         asked.append(number)
         if len(asked) > 1: before(number, frame)
-    catch = callable(before) and threading.current_thread() is threading.main_thread()  # only there can one
+    catch = callable(before) and threading.current_thread() is threading.main_thread()
     if catch: signal.signal(signal.SIGINT, note)
     try: yield
     finally:
