@@ -607,7 +607,7 @@ def _careful_export(export):
                              'nothing was written') from error
     return careful
 
-export_model = _careful_export(export_model)
+export_model = _careful_export(export_model)  # the one of the lesson, with checks round it
 
 # %% ../nbs/32_deployment.ipynb #320259
 def _check_zip(data):
@@ -639,7 +639,7 @@ def _careful_load(load):
         return scores
     return careful
 
-load_exported = _careful_load(load_exported)
+load_exported = _careful_load(load_exported)  # the one of the lesson, with checks round it
 
 # %% ../nbs/32_deployment.ipynb #320103
 class _OnePage(http.server.BaseHTTPRequestHandler):
