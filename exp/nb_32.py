@@ -9,8 +9,10 @@ __all__ = ['export_model', 'load_exported', 'quantize', 'dequantize', 'exp_draw'
 import argparse, base64, copy, errno, html, http.server, io, json, logging, re, signal, sys
 import threading, warnings, webbrowser, zipfile, zlib
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,194 +28,44 @@ from .nb_15 import BatchTransform
 from .nb_20 import SimpleCNN
 from .nb_23 import Crop, FastCNN, Unshuffle, load_pretrained
 
-# %% ../nbs/32_deployment.ipynb #320025
-@contextmanager
-def _late():
-    "A first Ctrl-C is raised at the end, and a second one at once."
-    before, asked = signal.getsignal(signal.SIGINT), []
-    def note(number, frame):
-        asked.append(number)
-        if len(asked) > 1: before(number, frame)
-    catch = callable(before) and threading.current_thread() is threading.main_thread()  # only there can one
-    if catch: signal.signal(signal.SIGINT, note)
-    try: yield
-    finally:
-        if catch: signal.signal(signal.SIGINT, before)
-        if len(asked) == 1: signal.raise_signal(asked[0])
+# %% ../nbs/32_deployment.ipynb #320210
+class _Form(NamedTuple):
+    write: Callable     # (model, inputs) -> bytes
+    read: Callable      # (bytes) -> function (*inputs) -> scores
+    tolerance: float    # largest difference of scores, as a share of the largest score
+    of: Callable = lambda scores: scores  # what of the scores is compared
 
-# %% ../nbs/32_deployment.ipynb #320149
-_alone = threading.RLock()  # the screen and the loggers belong to all threads
-
-@contextmanager
-def _quiet():
-    "Without what exporters print and log, or other threads meanwhile; for one thread at a time."
-    with _alone, _late():
-        before = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)
-        try:
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), \
-                 warnings.catch_warnings(action='ignore'): yield
-        finally: logging.disable(before)
+_FORMS = {}  # suffix -> form
 
 # %% ../nbs/32_deployment.ipynb #320044
-def _shapes(args):
+def _shapes(inputs):
     "That the first dimension of each input is free, and the same for all."
     rows, shapes = torch.export.Dim('batch', min=1), torch.export.dynamic_shapes.ShapesCollection()
-    for x in args: shapes[x] = {0: rows}
+    for x in inputs: shapes[x] = {0: rows}
     return shapes
 
-def _to_pt2(model, args):
+def _to_pt2(model, inputs):
     file = io.BytesIO()
-    torch.export.save(torch.export.export(model, args, dynamic_shapes=_shapes(args)), file)
+    torch.export.save(torch.export.export(model, inputs, dynamic_shapes=_shapes(inputs)), file)
     return file.getvalue()
 
-def _from_pt2(data):
-    with zipfile.ZipFile(io.BytesIO(data)) as file:
-        if bad := file.testzip(): raise ValueError(f'the checksum of {bad} is another')  # unseen by torch
-    return torch.export.load(io.BytesIO(data)).module()
+def _from_pt2(data): return torch.export.load(io.BytesIO(data)).module()
 
-# %% ../nbs/32_deployment.ipynb #320046
-_EXTRA = 'onnx', 'onnxscript', 'onnxruntime'
-
-def _need_extra():
-    missing = [name for name in _EXTRA if not find_spec(name)]
-    if missing:
-        raise ImportError(f'expected {", ".join(_EXTRA)} for a file .onnx, found no {missing[0]}: '
-                          "pip install 'exp-foundations[export]'")
-
-def _to_onnx(model, args):
-    _need_extra()
-    if torch.is_autocast_enabled('cpu'): raise ValueError('the 16 bits of autocast would stay in it')
-    program = torch.export.export(model, args, dynamic_shapes=_shapes(args))  # refuses what ONNX can't check
-    program = torch.onnx.export(program, dynamo=True, verbose=False)
-    return program.model_proto.SerializeToString()
-
-def _from_onnx(data):
-    _need_extra()
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # none, since errors are raised as well
-    session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
-    names = [value.name for value in session.get_inputs()]
-    def run(*inputs):
-        if len(inputs) != len(names): raise ValueError('another number of inputs')
-        fed = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs)}
-        return torch.from_numpy(session.run(None, fed)[0])
-    return run
-
-# %% ../nbs/32_deployment.ipynb #320048
-_FORMS = {}  # suffix -> function (model, inputs) -> bytes, function (bytes) -> function of inputs, tolerance
-_FORMS['.pt2'] = _to_pt2, _from_pt2, 1e-5
-_FORMS['.onnx'] = _to_onnx, _from_onnx, 1e-5
-
-def _form(path):
-    "What the suffix of a name stands for."
-    if path.suffix in _FORMS: return _FORMS[path.suffix]
-    raise ValueError(f'expected a name that ends with {", ".join(_FORMS)} in small letters, '
-                     f'such as model.pt2, got {path.name!r}')
+_FORMS['.pt2'] = _Form(_to_pt2, _from_pt2, 1e-5)  # 0 for our network; see "For the library"
 
 # %% ../nbs/32_deployment.ipynb #320049
-def _scores(run, inputs):
-    "Of a model or a program, for copies of the inputs, since it may change them."
-    with torch.no_grad(): return run(*[x.clone() for x in inputs])
+def _largest(scores):
+    "The largest magnitude of a score; inf and nan don't count."
+    sizes = scores[scores.isfinite()].double().abs()
+    return sizes.max().item() if len(sizes) else 0.
 
-def _off(got, expected):
-    "Largest difference and largest score of each column; two nan are no difference, nor two equal inf."
-    got, expected = (z.to(torch.promote_types(z.dtype, torch.float64)) for z in (got, expected))
-    same = (got == expected) | (got.isnan() & expected.isnan())
-    off = (got - expected).abs().masked_fill(same, 0)
-    most = expected.abs().masked_fill(~expected.isfinite(), 0)
-    return [z.flatten(0, -2).amax(0) if z.ndim > 1 else z.max() for z in (off, most)]
-
-def _compare(run, model, args, path, tolerance):
-    "Raise `ValueError` unless a program gives the scores of its model, for one row, two and all."
-    for n in sorted({1, 2, len(args[0])}):
-        some = [x[:n] for x in args]
-        try: expected, got = _scores(model, some), _scores(run, some)
-        except Exception as error:
-            raise ValueError(f'{path.name}: expected a model that takes any number of rows, got an error '
-                             f'for {n}: {_reason(error)}; nothing was written') from error
-        if got.shape != expected.shape:
-            raise ValueError(f'{path.name}: expected scores {tuple(expected.shape)}, got {tuple(got.shape)}')
-        if not expected.numel(): continue
-        if path.suffix == '.html' and expected.shape[-1] > 1:  # without what all scores of an image share
-            got, expected = (z.float() - z.float().mean(-1, keepdim=True) for z in (got, expected))
-        off, most = (z.max().item() for z in _off(got, expected))
-        if not off <= tolerance*max(most, 1e-30):
-            raise ValueError(f'{path.name}: expected the scores of the model, got some off by {off:.3g} for '
-                             f'{n} rows, where the largest is {most:.3g}; nothing was written')
-
-# %% ../nbs/32_deployment.ipynb #320051
-_WHY = {  # what torch says -> what it means
-    'data-dependent': 'it decides by numbers in a tensor (an if, .item() or the like)',
-    'Constraints violated': 'its number of rows is not free, for its code has an end for it (an if, a slice)',
-    'input tree spec': 'another number of inputs',
-    'deserializing the saved file': 'made by another version of PyTorch, or no program at all',
-    'deepcopy protocol': 'hooks make its weights (by prune or weight_norm): remove those before'}
-
-def _reason(error):
-    "One line on why a model can't be exported."
-    while error.__cause__ and 'onnx' in type(error).__module__: error = error.__cause__  # the last names it
-    text = str(error)
-    text = next((why for said, why in _WHY.items() if said in text), text)
-    if fixed := re.search(r'specialized it to be a constant \(\d+\)', text):
-        text = f'its number of rows is not free, for its code {fixed[0]} (by len(), an if or the like)'
-    line = text.strip().split('\n')[0] or type(error).__name__
-    return line if len(line) <= 210 else f'{line[:207]}...'
-
-def _in_words(inputs):
-    def of(x): return f'{tuple(x.shape)} {str(x.dtype)[6:]}' if isinstance(x, Tensor) else type(x).__name__
-    return ', '.join(map(of, inputs)) or 'nothing'
-
-def _inputs(example):
-    "The example as a tuple of tensors of at least two rows, on the CPU."
-    args = example if isinstance(example, (tuple, list)) else (example,)
-    if not args or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in args):
-        raise ValueError(f'expected an example, a Tensor (n, ...) of inputs or a tuple of such, '
-                         f'got {brief(example)}')
-    if len({len(x) for x in args}) > 1:
-        raise ValueError(f'expected inputs of as many rows, got {", ".join(str(len(x)) for x in args)}')
-    args = [x.detach().cpu() for x in args]
-    return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in args)
-
-# %% ../nbs/32_deployment.ipynb #320144
-def _model_of(learn):
-    "The model to export, of a Learner or itself."
-    model = learn
-    if isinstance(learn, Learner):
-        model, by = learn.model, []
-        if any(isinstance(cb, BatchTransform) and cb.valid for cb in learn.cbs): by.append('a BatchTransform')
-        if type(learn).predict is not Learner.predict: by.append(f'{type(learn).__name__}.predict')
-        if by:
-            raise ValueError('expected a Learner that predicts by its model alone, got one that changes '
-                             f'inputs or scores by {by[0]}: put that into the model, or export learn.model')
-    model = getattr(model, '_orig_mod', model)  # of a compiled model
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-    if not isinstance(model, nn.Module): raise TypeError(f'expected a Learner or a model, got {brief(learn)}')
-    return model
-
-# %% ../nbs/32_deployment.ipynb #320145
-def _copy_of(model):
-    "In evaluation mode and on the CPU."
-    if any(map(nn.parameter.is_lazy, model.parameters())):
-        raise ValueError('expected a model whose weights have shapes, got a lazy one: call it once before')
-    try: return copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    except Exception as error:
-        raise ValueError(f'expected a model that can be copied to the CPU, got one of {type(model).__name__} '
-                         f"that can't: {_reason(error)}") from error
-
-def _check_scores(model, first, second):
-    "Raise `ValueError` for a model that gives no Tensor, or another one for the same inputs."
-    name = type(model).__name__
-    if not isinstance(first, Tensor):
-        raise ValueError(f'expected a model that gives one Tensor, got one of {name} that gives '
-                         f'{type(first).__name__}: wrap it in one that picks the scores')
-    if not first.numel(): return
-    off, most = _off(second, first)
-    if not (off <= 1e-4*most).all():
-        raise ValueError(f'expected a model that gives the same scores each time, got one of {name} '
-                         f'whose scores differ by {off.max():.3g}; nothing was written')
+def _compare(run, model, inputs, form):
+    "Raise `AssertionError` unless a program gives the scores of its model."
+    def scores(f):
+        with torch.no_grad(): return form.of(f(*[x.clone() for x in inputs]))
+    expected, got = scores(model), scores(run)
+    torch.testing.assert_close(got, expected, rtol=0, atol=form.tolerance*_largest(expected),
+                               equal_nan=True, check_dtype=False)
 
 # %% ../nbs/32_deployment.ipynb #320052
 def export_model(learn, # a Learner or a model; is afterwards as it was before
@@ -221,49 +73,46 @@ def export_model(learn, # a Learner or a model; is afterwards as it was before
                  example, # inputs to compare with, (n, ...), or a tuple of such for several inputs
                 ) -> Path: # the file
     """Write a network as a program for any number of rows, if it gives the same scores when it is read back.
-    Raises `ValueError` if it can't be exported or differs, `ImportError` without what .onnx needs."""
-    path = Path(path).expanduser()
-    write, read, tolerance = _form(path)  # rule 2
-    model, args = _copy_of(_model_of(learn)), _inputs(example)  # rule 1
-    try: first, second = (_scores(copy.deepcopy(model), args) for _ in range(2))
-    except Exception as error:
-        raise ValueError(f'expected an example that {type(model).__name__} takes, got {_in_words(args)}: '
-                         f'{_reason(error)}') from error
-    if path.suffix != '.html': _check_scores(model, first, second)  # a page has layers that it knows
-    try:
-        with _quiet():
-            data = write(model, tuple(x[:2].clone() for x in args))
-            run = read(data)  # rule 3
-    except (ImportError, OSError): raise
-    except Exception as error:
-        raise ValueError(f'expected a model that can be exported as {path.suffix}, got one of '
-                         f'{type(model).__name__} that can\'t: {_reason(error)}') from error
-    _compare(run, model, args, path, tolerance)  # rule 3
-    with atomic_write(path) as file: file.write(data)  # rule 4
+    Raises `ValueError` if it can't be exported or differs, `ImportError` without what a form needs."""
+    path, inputs = Path(path), example if isinstance(example, tuple) else (example,)
+    form = _FORMS[path.suffix]                                      # rule 2
+    model = copy.deepcopy(learn).eval()                             # rule 1
+    data = form.write(model, tuple(x[:2].clone() for x in inputs))  # rule 1
+    run = form.read(data)                                           # rule 3
+    for n in sorted({1, 2, len(inputs[0])}): _compare(run, model, [x[:n] for x in inputs], form)
+    with atomic_write(path) as file: file.write(data)               # rule 4
     return path
 
 # %% ../nbs/32_deployment.ipynb #320053
-def load_exported(path, # file that `export_model` has written; only one that you trust
+def load_exported(path, # file that `export_model` has written
                  ): # function (inputs) -> scores, both Tensors on the CPU
-    """An exported program, to be called. Raises `ValueError` for a damaged file.
-    A file .onnx has no checksum, so there it is raised only if the file can't be read."""
-    path = Path(path).expanduser()
-    read, data = _form(path)[1], path.read_bytes()
-    try:
-        with _quiet(): run = read(data)
-    except ImportError: raise
-    except Exception as error:
-        raise ValueError(f'{path}: expected an exported model, found a damaged file or another: '
-                         f'{_reason(error)}') from error
+    """An exported program, to be called. Load only files that you trust, for a program may do anything.
+    Raises `ValueError` for a damaged file; .onnx has no checksum, so there only if it can't be read."""
+    path = Path(path)
+    run = _FORMS[path.suffix].read(path.read_bytes())
     def scores(*inputs):
-        try:
-            if not all(isinstance(x, Tensor) for x in inputs): raise TypeError('expected Tensors')
-            if len({len(x) for x in inputs if x.ndim}) > 1: raise ValueError('expected as many rows of each')
-            with torch.no_grad(): return run(*inputs)
-        except Exception as error:
-            raise ValueError(f'{path.name}: expected inputs as in the export, got {_in_words(inputs)}: '
-                             f'{_reason(error)}') from error
+        with torch.no_grad(): return run(*inputs)
     return scores
+
+# %% ../nbs/32_deployment.ipynb #320046
+def _to_onnx(model, inputs):
+    program = torch.export.export(model, inputs, dynamic_shapes=_shapes(inputs))
+    program = torch.onnx.export(program, dynamo=True, verbose=False)
+    return program.model_proto.SerializeToString()
+
+def _from_onnx(data):
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4  # 4: no log
+    session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+    names = [value.name for value in session.get_inputs()]
+    def run(*inputs):
+        fed = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, fed)[0])
+    return run
+
+_FORMS['.onnx'] = _Form(_to_onnx, _from_onnx, 1e-5)
+_EXTRA = 'onnx', 'onnxscript', 'onnxruntime'
 
 # %% ../nbs/32_deployment.ipynb #320064
 def quantize(w:Tensor, # (rows, ...) weights
@@ -342,29 +191,36 @@ def _checked(network):
     return network | dict(sum=zlib.crc32(parts.encode()))
 
 # %% ../nbs/32_deployment.ipynb #320085
-_OPS = {  # name of an entry -> function (inputs, entry, weights, bias)
-    'crop': lambda z, l, w, b: Crop(l['border'])(z), 'unshuffle': lambda z, l, w, b: Unshuffle()(z),
-    'relu': lambda z, l, w, b: z.relu(), 'pool': lambda z, l, w, b: F.max_pool2d(z, l['size']),
-    'mean': lambda z, l, w, b: z.mean((2, 3)), 'linear': lambda z, l, w, b: F.linear(z.flatten(1), w, b),
-    'scale': lambda z, l, w, b: z*w[:, :, None] + b[:, None, None],
-    'conv': lambda z, l, w, b: F.conv2d(z, w.view(len(w), z.shape[1], l['size'], -1), b,
-                                        l['stride'], l['padding'])}
+def _conv_of(z, entry, w, b):
+    w = w.view(len(w), z.shape[1], entry['size'], -1)  # (rows, channels, size, size)
+    return F.conv2d(z, w, b, entry['stride'], entry['padding'])
 
+_OPS = {  # name of an entry -> function (inputs, entry, weights, bias)
+    'crop': lambda z, entry, w, b: Crop(entry['border'])(z),
+    'unshuffle': lambda z, entry, w, b: Unshuffle()(z),
+    'conv': _conv_of,
+    'scale': lambda z, entry, w, b: z*w[:, :, None] + b[:, None, None],
+    'pool': lambda z, entry, w, b: F.max_pool2d(z, entry['size']),
+    'relu': lambda z, entry, w, b: z.relu(),
+    'mean': lambda z, entry, w, b: z.mean((2, 3)),
+    'linear': lambda z, entry, w, b: F.linear(z.flatten(1), w, b)}
+
+# %% ../nbs/32_deployment.ipynb #320226
 def _numbers(text, kind): return torch.from_numpy(np.frombuffer(base64.b64decode(text), kind).copy())
 
 def _run_of_network(network):
     "What `_network` gives, as a function (images) -> scores."
     layers = []
     whole, others = _numbers(network['whole'], 'i1'), _numbers(network['others'], '<f4')
-    for l in network['layers']:
-        n, size, w, b = l.get('rows', 0), l.get('rows', 0)*l.get('columns', 0), None, None
+    for entry in network['layers']:
+        n, size, w, b = entry.get('rows', 0), entry.get('rows', 0)*entry.get('columns', 0), None, None
         if n:
             w, b = dequantize(whole[:size].view(n, -1), others[:n]), others[n:2*n]
             whole, others = whole[size:], others[2*n:]
-        layers.append((l, w, b))
+        layers.append((entry, w, b))
     def run(x):
         z = x.reshape(len(x), 1, 28, 28).float()
-        for l, w, b in layers: z = _OPS[l['op']](z, l, w, b)
+        for entry, w, b in layers: z = _OPS[entry['op']](z, entry, w, b)
         return z
     return run
 
@@ -376,7 +232,7 @@ function numbers(text, Kind) {  // base64 to an array of numbers
 }
 const whole = numbers(network.whole, Int8Array), others = numbers(network.others, Float32Array);
 let given = 0, next = 0;  // how many of them have been dealt out
-for (const l of network.layers.filter(l => l.rows)) {
+for (const l of network.layers.filter(l => l.rows)) {  // the layers with weights
   const scale = others.subarray(next, next + l.rows);
   const mine = whole.subarray(given, given + l.rows*l.columns);
   l.w = Float32Array.from(mine, (q, i) => q*scale[Math.floor(i/l.columns)]);
@@ -387,19 +243,19 @@ for (const l of network.layers.filter(l => l.rows)) {
 '''
 
 # %% ../nbs/32_deployment.ipynb #320089
-_LAYERS = '''
-function make(c, h, w, value) {  // c planes of h x w numbers
+_PLANES = '''
+function make(c, h, w, value) {  // c planes of h x w numbers, value(plane, row, column)
   const d = new Float32Array(c*h*w);
   for (let i = 0, p = 0; p < c; p++)
     for (let y = 0; y < h; y++) for (let x = 0; x < w; x++) d[i++] = value(p, y, x);
   return {d, c, h, w};
 }
 function at(z, p, y, x) { return z.d[(p*z.h + y)*z.w + x]; }
-function convolve(z, l, p, y, x, b) {  // one number of a convolution
+function convolve(z, l, p, y, x, b) {  // one number of a convolution, b is the bias
   const top = y*l.stride - l.padding, left = x*l.stride - l.padding, n = l.size;
   for (let q = 0, k = p*l.columns; q < z.c; q++) for (let i = top; i < top + n; i++)
     for (let j = left; j < left + n; j++, k++)
-      if (i >= 0 && j >= 0 && i < z.h && j < z.w) b += l.w[k]*z.d[(q*z.h + i)*z.w + j];
+      if (i >= 0 && j >= 0 && i < z.h && j < z.w) b += l.w[k]*at(z, q, i, j);
   return b;
 }
 function largest(z, n, p, y, x) {
@@ -411,12 +267,13 @@ function largest(z, n, p, y, x) {
 
 # %% ../nbs/32_deployment.ipynb #320091
 _PREDICT = '''
-const out = (n, l) => Math.floor((n + 2*l.padding - l.size)/l.stride) + 1;
+const half = n => Math.floor(n/2), out = (n, l) => Math.floor((n + 2*l.padding - l.size)/l.stride) + 1;
 const sum = (row, d) => row.reduce((s, w, i) => s + w*d[i], 0);
-const layers = {
+const layers = {  // name -> function (planes, entry) -> planes
   crop: (z, l) => make(z.c, z.h - 2*l.border, z.w - 2*l.border,
                        (p, y, x) => at(z, p, y + l.border, x + l.border)),
-  unshuffle: z => make(4*z.c, z.h/2, z.w/2, (p, y, x) => at(z, p >> 2, 2*y + (p >> 1 & 1), 2*x + (p & 1))),
+  unshuffle: z => make(4*z.c, z.h/2, z.w/2,
+                       (p, y, x) => at(z, Math.floor(p/4), 2*y + half(p) % 2, 2*x + p % 2)),
   conv: (z, l) => make(l.rows, out(z.h, l), out(z.w, l), (p, y, x) => convolve(z, l, p, y, x, l.b[p])),
   scale: (z, l) => make(z.c, z.h, z.w, (p, y, x) => l.w[p]*at(z, p, y, x) + l.b[p]),
   pool: (z, l) => make(z.c, Math.floor(z.h/l.size), Math.floor(z.w/l.size),
@@ -445,7 +302,7 @@ function see(ink, side) {  // side x side numbers from 0 to 1, gives 28 x 28 as 
       top = Math.min(top, y), bottom = Math.max(bottom, y);
     }
   }
-  if (right < 0) return null;
+  if (right < 0) return null;  // nothing is drawn
   const n = 8, scale = (Math.max(right - left, bottom - top) + 1)/20;  // pixels drawn for one that is seen
   const place = (at, k, center) => Math.floor(center/total + (at + (k + 0.5)/n - 14.5)*scale);
   return make(1, 28, 28, (p, y, x) => {
@@ -458,6 +315,162 @@ function see(ink, side) {  // side x side numbers from 0 to 1, gives 28 x 28 as 
   }).d;
 }
 '''
+
+# %% ../nbs/32_deployment.ipynb #320025
+@contextmanager
+def _late():
+    "A first Ctrl-C is raised at the end, and a second one at once."
+    before, asked = signal.getsignal(signal.SIGINT), []
+    def note(number, frame):
+        asked.append(number)
+        if len(asked) > 1: before(number, frame)
+    catch = callable(before) and threading.current_thread() is threading.main_thread()
+    if catch: signal.signal(signal.SIGINT, note)
+    try: yield
+    finally:
+        if catch: signal.signal(signal.SIGINT, before)
+        if len(asked) == 1: signal.raise_signal(asked[0])
+
+# %% ../nbs/32_deployment.ipynb #320149
+_alone = threading.RLock()  # the screen and the loggers belong to all threads
+
+@contextmanager
+def _quiet():
+    "Without what exporters print and log, or other threads meanwhile; for one thread at a time."
+    with _alone, _late():
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), \
+                 warnings.catch_warnings(action='ignore'): yield
+        finally: logging.disable(before)
+
+def _calm(function):
+    @wraps(function)
+    def calm(*args):
+        with _quiet(): return function(*args)
+    return calm
+
+# %% ../nbs/32_deployment.ipynb #320051
+_OLDEST = 2, 8  # version of PyTorch, for .pt2
+
+def _check_form(path):
+    "Raise `ValueError` for another suffix, and `ImportError` if what the form needs is missing."
+    if path.suffix not in _FORMS:
+        raise ValueError(f'expected a name that ends with {", ".join(_FORMS)} in small letters, '
+                         f'such as model.pt2, got {path.name!r}')
+    version = torch.__version__.split('+')[0]
+    if path.suffix == '.pt2' and tuple(map(int, version.split('.')[:2])) < _OLDEST:
+        oldest = '.'.join(map(str, _OLDEST))
+        raise ImportError(f'expected PyTorch {oldest} or newer for files .pt2, got {version}')
+    missing = [name for name in _EXTRA if not find_spec(name)]
+    if path.suffix == '.onnx' and missing:
+        raise ImportError(f'expected {", ".join(_EXTRA)} for a file .onnx, found no {missing[0]}: '
+                          "pip install 'exp-foundations[export]'")
+
+# %% ../nbs/32_deployment.ipynb #320242
+_WHY = {  # what torch or Python says -> what it means
+    'data-dependent': 'it decides by numbers in a tensor (an if, .item() or the like)',
+    'Constraints violated': 'its number of rows is not free, for its code has an end for it (an if, a slice)',
+    'input tree spec': 'another number of inputs', 'zip() argument': 'another number of inputs',
+    'deserializing the saved file': 'made by another version of PyTorch, or no program at all',
+    'in the archive': 'made by another version of PyTorch, or no program at all',
+    'deepcopy protocol': 'hooks make its weights (by prune or weight_norm): remove those before'}
+
+def _reason(error):
+    "One line on why a model can't be exported."
+    while error.__cause__ and 'onnx' in type(error).__module__: error = error.__cause__  # the first error
+    text = str(error)
+    text = next((why for said, why in _WHY.items() if said in text), text)
+    if off := re.search(r'bsolute difference: (\S+)', text): text = f'its scores would be off by {off[1]}'
+    if fixed := re.search(r'specialized it to be a constant \(\d+\)', text):
+        text = f'its number of rows is not free, for its code {fixed[0]} (by len(), an if or the like)'
+    line = text.strip().split('\n')[0] or type(error).__name__
+    return line if len(line) <= 180 else f'{line[:177]}...'
+
+# %% ../nbs/32_deployment.ipynb #320245
+def _in_words(inputs):
+    def of(x): return f'{tuple(x.shape)} {str(x.dtype)[6:]}' if isinstance(x, Tensor) else type(x).__name__
+    return ', '.join(map(of, inputs)) or 'nothing'
+
+def _inputs(example):
+    "The example as a tuple of tensors of at least two rows, on the CPU."
+    inputs = example if isinstance(example, (tuple, list)) else (example,)
+    if not inputs or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in inputs):
+        raise ValueError(f'expected an example, a Tensor (n, ...) of inputs or a tuple of such, '
+                         f'got {brief(example)}')
+    if len({len(x) for x in inputs}) > 1:
+        raise ValueError(f'expected inputs of as many rows, got {", ".join(str(len(x)) for x in inputs)}')
+    inputs = [x.detach().cpu() for x in inputs]
+    return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
+
+# %% ../nbs/32_deployment.ipynb #320144
+def _model_of(learn):
+    "The model to export, of a Learner or itself."
+    model = learn
+    if isinstance(learn, Learner):
+        model, by = learn.model, []
+        if any(isinstance(cb, BatchTransform) and cb.valid for cb in learn.cbs): by.append('a BatchTransform')
+        if type(learn).predict is not Learner.predict: by.append(f'{type(learn).__name__}.predict')
+        if by:
+            raise ValueError('expected a Learner that predicts by its model alone, got one that changes '
+                             f'inputs or scores by {by[0]}: put that into the model, or export learn.model')
+    model = getattr(model, '_orig_mod', model)  # of a compiled model
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+    if not isinstance(model, nn.Module): raise TypeError(f'expected a Learner or a model, got {brief(learn)}')
+    return model
+
+def _copy_of(model):
+    "In evaluation mode and on the CPU."
+    if any(map(nn.parameter.is_lazy, model.parameters())):
+        raise ValueError('expected a model whose weights have shapes, got a lazy one: call it once before')
+    try: return copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    except Exception as error:
+        raise ValueError(f'expected a model that can be copied to the CPU, got one of {type(model).__name__} '
+                         f"that can't: {_reason(error)}") from error
+
+# %% ../nbs/32_deployment.ipynb #320145
+def _check_scores(model, inputs):
+    "Raise `ValueError` for a model that gives no Tensor, or another one for the same inputs."
+    name = type(model).__name__
+    def scores(n=None):
+        with torch.no_grad(): return copy.deepcopy(model)(*[x[:n].clone() for x in inputs])
+    try: first, second = scores(), scores()
+    except Exception as error:
+        raise ValueError(f'expected an example that {name} takes, got {_in_words(inputs)}: '
+                         f'{_reason(error)}') from error
+    if not isinstance(first, Tensor):
+        raise ValueError(f'expected a model that gives one Tensor, got one of {name} that gives '
+                         f'{type(first).__name__}: wrap it in one that picks the scores')
+    for a, b in zip(*(z.unbind(-1) if z.ndim > 1 else [z] for z in (first, second))):
+        try: torch.testing.assert_close(b, a, rtol=0, atol=1e-4*_largest(a), equal_nan=True)
+        except AssertionError as error:
+            raise ValueError(f'expected a model that gives the same scores each time, got one of {name}: '
+                             f'{_reason(error)}; nothing was written') from error
+    try: scores(1)
+    except Exception as error:
+        raise ValueError('expected a model that takes any number of rows, got an error for 1: '
+                         f'{_reason(error)}') from error
+
+# %% ../nbs/32_deployment.ipynb #320100
+def _usual_conv(m):
+    padding = 0 if isinstance(m.padding, str) else m.padding[0]
+    return nn.Conv2d(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0], padding,
+                     bias=m.bias is not None)
+
+_USUAL = {  # class of a layer -> function (layer) -> a layer with the options that a page can have
+    nn.Conv2d: _usual_conv,
+    nn.BatchNorm2d: lambda m: nn.BatchNorm2d(m.num_features, m.eps, m.momentum),
+    nn.MaxPool2d: lambda m: nn.MaxPool2d(m.kernel_size),
+    nn.AdaptiveAvgPool2d: lambda m: m if m.output_size in (1, (1, 1)) else nn.AdaptiveAvgPool2d(1)}
+
+def _check_layer(layer):
+    "Raise `ValueError` for a layer that a page can't have, or for its options."
+    if type(layer) not in _ENTRIES:
+        known = ', '.join(kind.__name__ for kind in _ENTRIES)
+        raise ValueError(f'a page can have chains of {known}, and no {type(layer).__name__}')
+    usual = _USUAL[type(layer)](layer) if type(layer) in _USUAL else layer
+    if repr(layer) != repr(usual): raise ValueError(f'a page can have {usual}, and not {layer}')
 
 # %% ../nbs/32_deployment.ipynb #320095
 _DRAW = '''
@@ -474,13 +487,13 @@ function show() {
   for (let i = 0; i < 784; i++) image.data.set([255, 255, 255, pixels ? 255*pixels[i] : 0], 4*i);
   view.putImageData(image, 0, 0);
   const e = scores && scores.map(s => Math.exp(s - Math.max(...scores)));
-  const shares = e ? e.map(v => v/e.reduce((a, b) => a + b)) : [...rows.children].map(() => 0);
-  shares.forEach((share, k) => {
-    const [, bar, text] = rows.children[k].children, percent = Math.round(100*share);
-    bar.firstChild.style.width = 100*share + '%';
+  const chances = e ? e.map(v => v/e.reduce((a, b) => a + b)) : [...rows.children].map(() => 0);
+  chances.forEach((chance, k) => {
+    const [, bar, text] = rows.children[k].children, percent = Math.round(100*chance);
+    bar.firstChild.style.width = 100*chance + '%';
     text.textContent = pixels ? percent + ' %' : '';
   });
-  const best = shares.indexOf(Math.max(...shares));
+  const best = chances.indexOf(Math.max(...chances));
   said.textContent = pixels ? `It reads a ${best}.` : 'Draw a digit in the black square.';
 }
 '''
@@ -535,7 +548,7 @@ button { font: inherit; padding: .3rem 1.2rem; } figure { margin: 1rem 0; } #sai
 <canvas id="board" width="280" height="280" role="img" aria-label="The square to draw in"></canvas>
 <p><button id="clear">Clear</button></p>
 </section>
-<table><caption>How sure the network is</caption><tbody id="rows"></tbody></table>
+<table><caption>How sure the network is (softmax)</caption><tbody id="rows"></tbody></table>
 </div>
 <figure><figcaption>What the network sees:</figcaption>
 <canvas id="seen" width="28" height="28" role="img" aria-label="The drawing, centred"></canvas></figure>
@@ -546,37 +559,19 @@ button { font: inherit; padding: .3rem 1.2rem; } figure { margin: 1rem 0; } #sai
 </html>
 '''
 
-# %% ../nbs/32_deployment.ipynb #320100
-def _usual_conv(m):
-    padding = 0 if isinstance(m.padding, str) else m.padding[0]
-    return nn.Conv2d(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0], padding,
-                     bias=m.bias is not None)
-
-_USUAL = {  # class of a layer -> function (layer) -> a layer with the options that a page can have
-    nn.Conv2d: _usual_conv,
-    nn.BatchNorm2d: lambda m: nn.BatchNorm2d(m.num_features, m.eps, m.momentum),
-    nn.MaxPool2d: lambda m: nn.MaxPool2d(m.kernel_size),
-    nn.AdaptiveAvgPool2d: lambda m: m if m.output_size in (1, (1, 1)) else nn.AdaptiveAvgPool2d(1)}
-
-def _check_layer(layer):
-    "Raise `ValueError` for a layer that a page can't have, or for its options."
-    if type(layer) not in _ENTRIES:
-        known = ', '.join(kind.__name__ for kind in _ENTRIES)
-        raise ValueError(f'a page can have chains of {known}, and no {type(layer).__name__}')
-    usual = _USUAL[type(layer)](layer) if type(layer) in _USUAL else layer
-    if repr(layer) != repr(usual): raise ValueError(f'a page can have {usual}, and not {layer}')
-
-def _to_html(model, args):
-    if len(args) > 1 or args[0][0].numel() != 784:
-        raise ValueError(f'a page takes images of 28 x 28, and no {_in_words(args)}')
+# %% ../nbs/32_deployment.ipynb #320256
+def _to_html(model, inputs):
+    if len(inputs) > 1 or inputs[0][0].numel() != 784:
+        raise ValueError(f'a page takes images of 28 x 28, and no {_in_words(inputs)}')
     for layer in _chain(model): _check_layer(layer)
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         raise ValueError('a page can have no hooks')
-    scores, n = _scores(model, args), sum(p.numel() for p in model.parameters())
+    with torch.no_grad(): scores = model(inputs[0].clone())
     if scores.ndim != 2: raise ValueError(f'a page shows scores (n, classes), and no {tuple(scores.shape)}')
     network = json.dumps(_network(model), separators=(',', ':'))
+    n = sum(p.numel() for p in model.parameters())
     parts = dict(NAME=html.escape(type(model).__name__), WEIGHTS=f'{n:,}', DATA=network,
-                 SCRIPT=_NETWORK + _LAYERS + _PREDICT + _SEE + _DRAW + _HAND)
+                 SCRIPT=_NETWORK + _PLANES + _PREDICT + _SEE + _DRAW + _HAND)
     return re.sub('|'.join(parts), lambda found: parts[found[0]], _PAGE).encode()
 
 # %% ../nbs/32_deployment.ipynb #320142
@@ -587,7 +582,65 @@ def _from_html(data):
     if network != _checked(network): raise ValueError('its checksum is another')
     return _run_of_network(network)
 
-_FORMS['.html'] = _to_html, _from_html, 0.1
+def _without_mean(scores): return scores - scores.mean(-1, keepdim=True) if scores.shape[-1] > 1 else scores
+
+_FORMS['.html'] = _Form(_to_html, _from_html, 0.1, _without_mean)
+
+# %% ../nbs/32_deployment.ipynb #320146
+_FORMS.update({suffix: form._replace(write=_calm(form.write), read=_calm(form.read))
+               for suffix, form in _FORMS.items()})
+
+def _careful_export(export):
+    "`export` after checks of what comes in, and with one sentence for whatever goes wrong."
+    @wraps(export)
+    def careful(learn, path, example):
+        path = Path(path).expanduser()
+        _check_form(path)
+        model, inputs = _copy_of(_model_of(learn)), _inputs(example)
+        if path.suffix != '.html': _check_scores(model, inputs)
+        if path.suffix == '.onnx' and torch.is_autocast_enabled('cpu'):
+            raise ValueError('expected no autocast for .onnx, since the 16 bits of autocast would stay in it')
+        try: return export(model, path, inputs)
+        except (ImportError, OSError): raise
+        except Exception as error:
+            raise ValueError(f'expected a model that can be exported as {path.suffix}, got one of '
+                             f"{type(model).__name__} that can't: {_reason(error)}; "
+                             'nothing was written') from error
+    return careful
+
+export_model = _careful_export(export_model)  # the one of the lesson, with checks round it
+
+# %% ../nbs/32_deployment.ipynb #320259
+def _check_zip(data):
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        if bad := file.testzip(): raise ValueError(f'the checksum of {bad} is another')
+
+def _careful_load(load):
+    "`load`, with one sentence for a damaged file and for wrong inputs."
+    @wraps(load)
+    def careful(path):
+        path = Path(path).expanduser()
+        _check_form(path)
+        try:
+            if path.suffix == '.pt2': _check_zip(path.read_bytes())
+            run = load(path)
+        except (ImportError, OSError): raise
+        except Exception as error:
+            raise ValueError(f'{path}: expected an exported model, found a damaged file or another: '
+                             f'{_reason(error)}') from error
+        def scores(*inputs):
+            try:
+                if not all(isinstance(x, Tensor) for x in inputs): raise TypeError('expected Tensors')
+                if len({len(x) for x in inputs if x.ndim}) > 1:
+                    raise ValueError('expected as many rows of each')
+                return run(*inputs)
+            except Exception as error:
+                raise ValueError(f'{path.name}: expected inputs as in the export, got {_in_words(inputs)}: '
+                                 f'{_reason(error)}') from error
+        return scores
+    return careful
+
+load_exported = _careful_load(load_exported)  # the one of the lesson, with checks round it
 
 # %% ../nbs/32_deployment.ipynb #320103
 class _OnePage(http.server.BaseHTTPRequestHandler):
@@ -636,7 +689,7 @@ def exp_draw(run:str=None, # of `exp_train`, its folder or its name in `out`; No
         except KeyboardInterrupt: pass
     return path
 
-# %% ../nbs/32_deployment.ipynb #320146
+# %% ../nbs/32_deployment.ipynb #320261
 def _of_run(run, out):
     "Model and folder of a run on digits."
     learn = load_run(run, out, device='cpu')

@@ -1,5 +1,5 @@
 "Exported programs give the scores of their network; nothing is written that was not compared; every error is one clear sentence."
-import _thread, contextlib, copy, importlib.util, logging, os, re, signal, socket, struct, subprocess, sys, threading, time, urllib.request
+import _thread, contextlib, copy, importlib.util, inspect, logging, os, re, signal, socket, struct, subprocess, sys, threading, time, urllib.request
 from random import Random
 import pytest
 import torch
@@ -21,6 +21,17 @@ EXTRA = all(importlib.util.find_spec(name) for name in ('onnx', 'onnxscript', 'o
 needs_extra = pytest.mark.skipif(not EXTRA, reason="needs the extra: pip install 'exp-foundations[export]'")
 FORMS = ['.pt2', pytest.param('.onnx', marks=needs_extra), '.html']
 TOLERANCE = {'.pt2': 1e-6, '.onnx': 1e-5, '.html': 0.05}  # as a share of the largest score
+
+
+OLD = tuple(map(int, torch.__version__.split('.')[:2])) < exp.nb_32._OLDEST
+
+
+@pytest.fixture(autouse=True)
+def new_enough(request):
+    "Tests with files .pt2 want a PyTorch that can export them; one with several forms wants it for that form alone."
+    params = getattr(getattr(request.node, 'callspec', None), 'params', {})
+    uses = params['form'] == '.pt2' if 'form' in params else '.pt2' in inspect.getsource(request.function)
+    if OLD and uses: pytest.skip(f'expected PyTorch {".".join(map(str, exp.nb_32._OLDEST))} or newer for files .pt2, got {torch.__version__}')
 
 
 @pytest.fixture(scope='module')
@@ -191,6 +202,16 @@ def test_without_the_extra(tmp_path, monkeypatch):
         with pytest.raises(ImportError, match=r"found no onnx: pip install 'exp-foundations\[export\]'") as error: call()
         assert one_line(error.value)
     for form in ('.pt2', '.html'): export_model(Model(784, 8, 10), tmp_path/f'a{form}', torch.rand(2, 784))
+
+
+def test_an_older_pytorch(tmp_path, monkeypatch, test_set):
+    "Files .pt2 are refused by name, written or read, and the other forms are not."
+    path = export_model(Model(784, 8, 10), tmp_path/'a.pt2', test_set[0][:4])
+    monkeypatch.setattr(exp.nb_32, '_OLDEST', (99, 1))
+    for call in (lambda: export_model(Model(784, 8, 10), tmp_path/'b.pt2', test_set[0][:4]), lambda: load_exported(path)):
+        with pytest.raises(ImportError, match=r'expected PyTorch 99.1 or newer for files .pt2, got \d+\.\d+\.\d+$') as error: call()
+        assert one_line(error.value)
+    load_exported(export_model(Model(784, 8, 10), tmp_path/'a.html', test_set[0][:4]))
 
 
 # whole numbers
@@ -385,7 +406,7 @@ def test_scores_of_other_kinds(func, form, tmp_path):
 
 def test_a_page_with_one_score_is_compared_too(tmp_path, monkeypatch):
     forms = exp.nb_32._FORMS
-    monkeypatch.setitem(forms, '.html', (forms['.html'][0], lambda data: lambda x: torch.zeros(len(x), 1), 0.1))
+    monkeypatch.setitem(forms, '.html', forms['.html']._replace(read=lambda data: lambda x: torch.zeros(len(x), 1)))
     with pytest.raises(ValueError, match='nothing was written'): export_model(nn.Linear(784, 1), tmp_path/'a.html', torch.rand(9, 784))
 
 
@@ -398,7 +419,7 @@ def test_scores_of_few_dimensions(func, tmp_path):
 def test_a_program_that_is_wrong_about_inf(tmp_path, monkeypatch):
     "An infinity on one side only is a difference."
     x, forms = torch.randn(9, 8), exp.nb_32._FORMS
-    monkeypatch.setitem(forms, '.pt2', (forms['.pt2'][0], lambda data: lambda x: torch.full((len(x), 3), torch.inf), 1e-5))
+    monkeypatch.setitem(forms, '.pt2', forms['.pt2']._replace(read=lambda data: lambda x: torch.full((len(x), 3), torch.inf)))
     with pytest.raises(ValueError, match='nothing was written'): export_model(Ends(lambda z: z), tmp_path/'a.pt2', x)
 
 

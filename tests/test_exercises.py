@@ -3,6 +3,8 @@ import json, re, subprocess, sys
 from contextlib import suppress
 from pathlib import Path
 import pytest
+import torch
+from packaging.version import Version
 from exercises import LEFT_OUT, faults, read, source
 
 ROOT = Path(__file__).parent.parent
@@ -15,8 +17,12 @@ with_exercises = pytest.mark.parametrize('path', WITH, ids=lambda p: p.stem)
 def cells(path): return json.loads(path.read_text())['cells']
 
 
+NEEDED = {'31_distributed': '2.9', '32_deployment': '2.8'}  # PyTorch
+
 @with_exercises
 def test_exercises_can_be_failed_and_passed(path):
+    needed = NEEDED.get(path.stem, '0')
+    if Version(torch.__version__) < Version(needed): pytest.skip(f'{path.stem} needs PyTorch {needed}')
     assert len(read(cells(path))) >= 3
     without = UNNEEDED.get(path.stem, [])
     assert set(without) <= {c['id'] for c in cells(path)}
