@@ -80,6 +80,8 @@ class Team:
         return found[0]
 
 # %% ../nbs/31_distributed.ipynb #310106
+_OLDEST = (2, 8)  # on CPUs, `fully_shard` of PyTorch 2.6 fails, and that of 2.7 trains wrong weights
+
 class Distributed(Callback):
     """Trains with all processes that torchrun has started. Each predicts its part of each batch, and all take
     the same step. Raises `ValueError` for what can't be divided, and where weights of ranks differ."""
@@ -91,6 +93,9 @@ class Distributed(Callback):
                  strategy:str='ddp', # each process has all weights; 'fsdp': each has a part of them
                  timeout:float=600.): # how long to wait for the others before giving up, seconds
         if strategy not in ('ddp', 'fsdp'): raise ValueError(f"expected 'ddp' or 'fsdp', got {strategy!r}")
+        if strategy == 'fsdp' and torch.__version__ < _OLDEST:
+            oldest = '.'.join(map(str, _OLDEST))
+            raise ValueError(f"expected PyTorch {oldest} or newer for 'fsdp', got {torch.__version__}")
         self.strategy, self.team = strategy, Team(timeout)
 
     def before_fit(self, learn):
@@ -476,8 +481,6 @@ def _layers(model):
 def _check_layers(learn, own):
     "Raise `ValueError` for weights that can't be divided layer by layer."
     if own.strategy == 'ddp' or any(map(_is_part, learn.model.parameters())): return
-    from torch.distributed import fsdp
-    if not hasattr(fsdp, 'fully_shard'): _refuse(own, f'PyTorch 2.6 or newer, got {torch.__version__}')
     layers = _layers(learn.model)
     inside = {id(m) for layer in layers for m in layer.modules()}
     rest = {id(p) for m in learn.model.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
