@@ -202,8 +202,8 @@ def add_up(self:Team, sets): # as `Metrics` has them: for training and for valid
                                     f'{type(silent[0]).__name__}, whose own sums stay on their rank')
 
 def _adds_up_itself(metric):
-    if isinstance(metric, Metric) or hasattr(metric, 'dist_sync_on_step'):  # torchmetrics have the latter
-        return not isinstance(metric, Metric)
+    if isinstance(metric, Metric): return False
+    if hasattr(metric, 'dist_sync_on_step'): return True  # one of torchmetrics
     raise ValueError(f'expected metrics that can be added up over processes, got {type(metric).__name__}')
 
 def _adds_nothing(metric):
@@ -397,7 +397,7 @@ def _check_alike(learn, own):
 
 # %% ../nbs/31_distributed.ipynb #310226
 _WHOLE = ('Record', 'Compile', 'EMA', 'Checkpoint', 'SaveBest', 'GradientAccumulation', 'MixedPrecision',
-          '_Sweep')
+          '_Sweep')  # that of lr_find
 
 def _check_parts(learn, own):
     "Raise `ValueError` for what needs whole weights, if each rank has a part of them."
