@@ -278,7 +278,8 @@ def after_backward(self:Distributed, learn):
         if n: p.grad = g.copy_((part/weights).view_as(g))
 
 # %% ../nbs/31_distributed.ipynb #310242
-_Share.n = property(lambda self: self.whole.n, lambda self, n: setattr(self.whole, 'n', n))  # it may grow
+# a loader sets the `n` of its sampler, because its dataset may have grown
+_Share.n = property(lambda self: self.whole.n, lambda self, n: setattr(self.whole, 'n', n))
 
 class _Told(_Share):
     "The batches of a sampler of one's own, as rank 0 draws them."
