@@ -32,23 +32,21 @@ def share(idxs, # one batch: list, range or Tensor
           rank:int, # of a process, from 0
           size:int, # how many processes there are
          ): # of the same type
-    "The part of a batch that belongs to a rank; the parts of all differ by one row at most."
-    n = len(idxs)
-    return idxs[rank*n//size:(rank + 1)*n//size]
+    "The part of a batch that belongs to a rank; the first ones have one row more if it doesn't divide."
+    n, more = divmod(len(idxs), size)
+    start = rank*n + min(rank, more)
+    return idxs[start:start + n + (1 if rank < more else 0)]
 
 # %% ../nbs/31_distributed.ipynb #310103
 class _Share(Sampler):
     "Of each batch of indices that part which belongs to one rank, unless it is empty."
     def __init__(self, whole, team):
-        vars(self).update(vars(whole))  # others look for `generator` and `n` here, as in any sampler
+        vars(self).update(vars(whole))  # others ask a sampler for its `generator`, or for `bs`
         self.whole, self.team = whole, team
 
-    def __len__(self): return len(self.current())
-    def current(self):
-        self.whole.n = self.n  # the loader has set it: the dataset may have grown
-        return self.whole
+    def __len__(self): return len(self.whole)
     def __iter__(self):
-        for idxs in self.current():
+        for idxs in self.whole:
             part = share(idxs, self.team.rank, self.team.size)
             if len(part): yield part
 
@@ -63,12 +61,12 @@ def _part_of(dl, team):
 class Team:
     "The processes that torchrun has started, each with its `rank`; raises `ValueError` without torchrun."
     def __init__(self, timeout:float=600.): # how long to wait for the others, seconds > 0
-        if not (dist.is_available() and dist.is_initialized()): _meet(timeout)  # see "For the library"
+        if not (dist.is_available() and dist.is_initialized()): _meet(timeout)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def sum(self, x:Tensor) -> Tensor: # of equal shape on all ranks; is changed
         "The sum over all ranks, in place."
-        whole = x.detach().contiguous()  # the same tensor, unless it lies scattered
+        whole = x.detach().contiguous()  # `x` itself, unless its numbers lie with gaps: gloo can't skip them
         dist.all_reduce(whole)
         if whole.data_ptr() != x.data_ptr(): x.detach().copy_(whole)
         return x
@@ -79,34 +77,6 @@ class Team:
         dist.broadcast_object_list(found, 0)
         return found[0]
 
-# %% ../nbs/31_distributed.ipynb #310106
-class Distributed(Callback):
-    """Trains with all processes that torchrun has started. Each predicts its part of each batch, and all take
-    the same step. Raises `ValueError` for what can't be divided, and where weights of ranks differ."""
-    order = -8  # after GradientAccumulation, before clipping and 16 bits
-    everywhere = True  # in a validation within the fit, too
-    checks = ()  # raise an error for what would not come out right
-    before = random = None  # while it trains: what is to be put back
-    def __init__(self,
-                 strategy:str='ddp', # each process has all weights; 'fsdp': each has a part of them
-                 timeout:float=600.): # how long to wait for the others before giving up, seconds
-        if strategy not in ('ddp', 'fsdp'): raise ValueError(f"expected 'ddp' or 'fsdp', got {strategy!r}")
-        self.strategy, self.team = strategy, Team(timeout)
-
-    def before_fit(self, learn):
-        for check in self.checks: check(learn, self)
-        self.before, learn.team = (learn.dls, learn.progress), self.team
-        learn.dls = tuple(_part_of(dl, self.team) for dl in learn.dls)
-        learn.progress = learn.progress and self.team.rank == 0  # one of them prints
-        self.align(learn)
-        if self.strategy == 'fsdp': _shard(learn, self)
-
-    def cleanup_fit(self, learn):
-        if not self.before or learn.depth > 1: return  # a fit within the fit: it was refused
-        learn.dls, learn.progress = self.before
-        if self.random: set_rng_state(self.random)
-        self.before = self.random = learn.team = None
-
 # %% ../nbs/31_distributed.ipynb #310105
 class _Agreed(torch.autograd.Function):
     "The loss of all ranks in the place of one's own, with the gradient of one's own."
@@ -115,19 +85,6 @@ class _Agreed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad): return grad, None
-
-# %% ../nbs/31_distributed.ipynb #310109
-@patch
-def after_loss(self:Distributed, learn):
-    "Put the loss of the whole batch in the place of one's own, so that all ranks decide alike."
-    if not learn.training: return
-    loss = learn.loss.detach()
-    weight = torch.as_tensor(learn.loss_weight(), dtype=torch.float64, device=loss.device).reshape(())
-    own = torch.where(weight > 0, loss.double().reshape(())*weight, 0.)  # a mean over no rows is nan
-    total, weights = self.team.sum(torch.stack([own, weight]))
-    if self.strategy == 'fsdp':  # it takes a plain mean of the gradients
-        learn.loss = learn.loss*(weight*self.team.size/weights).to(loss.dtype)
-    learn.loss = _Agreed.apply(learn.loss, total/weights)
 
 # %% ../nbs/31_distributed.ipynb #310101
 _NEEDED = 'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'  # what torchrun tells a process
@@ -147,7 +104,7 @@ def _meet(timeout):
     timeout = timedelta(seconds=timeout)
     try:
         store = dist.TCPStore(host, int(port), None, own, timeout, wait_for_workers=False)
-        store = dist.PrefixStore(f'attempt {attempt}', store)  # of an earlier one there are addresses in it
+        store = dist.PrefixStore(f'attempt {attempt}', store)  # earlier addresses are still there
         dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', store=store, rank=int(rank),
                                 world_size=int(size), timeout=timeout)
     except RuntimeError as e:
@@ -206,7 +163,7 @@ def _first_odd(found):
 # %% ../nbs/31_distributed.ipynb #310255
 @patch
 def from_first(self:Team, x:Tensor) -> Tensor: # of equal shape on all ranks; a copy
-    "The tensor of rank 0, on all ranks, in whatever way the own one lies in memory."
+    "The tensor of rank 0, on all ranks, however the rank's own tensor lies in memory."
     whole = x.detach().clone(memory_format=torch.contiguous_format)
     dist.broadcast(whole, 0)
     return whole
@@ -233,13 +190,9 @@ def _sums_of(metric):
 @patch
 def add_up(self:Team, sets): # as `Metrics` has them: for training and for validation a list of metrics
     "Make each metric that of the rows of all ranks; raises `ValueError` for one that can't be added up."
-    metrics = [m for found in sets.values() for m in found]
-    for m in metrics:
-        if not isinstance(m, Metric) and not hasattr(m, 'dist_sync_on_step'):  # torchmetrics do it themselves
-            raise ValueError(f'expected metrics that can be added up over processes, got {type(m).__name__}')
-    metrics = [m for m in metrics if isinstance(m, Metric)]
+    metrics = [m for found in sets.values() for m in found if not _adds_up_itself(m)]
     for m, *parts in zip(metrics, *self.gather_all([_sums_of(m) for m in metrics])):
-        parts = [part for part in parts if part]
+        parts = [part for part in parts if part]  # of the ranks that have seen rows for it
         if not parts: continue
         m.total, m.n = (sum(values) for values in zip(*(sums for sums, _ in parts)))
         m.keys, m.begun = parts[0][1], True
@@ -248,9 +201,60 @@ def add_up(self:Team, sets): # as `Metrics` has them: for training and for valid
         if silent: raise ValueError('expected metrics that add up by Metric.add, got '
                                     f'{type(silent[0]).__name__}, whose own sums stay on their rank')
 
+def _adds_up_itself(metric):
+    if isinstance(metric, Metric): return False
+    if hasattr(metric, 'dist_sync_on_step'): return True  # one of torchmetrics
+    raise ValueError(f'expected metrics that can be added up over processes, got {type(metric).__name__}')
+
 def _adds_nothing(metric):
-    if not isinstance(metric, Metric) or metric.begun or type(metric).compute is Metric.compute: return False
+    if not isinstance(metric, Metric) or metric.begun: return False
+    if type(metric).compute is Metric.compute: return False  # it reports `total` over `n`
     return type(metric).update is not Metric.update or hasattr(metric, 'accumulate')
+
+# %% ../nbs/31_distributed.ipynb #310106
+_OLDEST = (2, 8)  # on CPUs, `fully_shard` of PyTorch 2.6 fails, and that of 2.7 trains wrong weights
+
+class Distributed(Callback):
+    """Trains with all processes that torchrun has started. Each predicts its part of each batch, and all take
+    the same step. Raises `ValueError` for what can't be divided, and where weights of ranks differ."""
+    order, everywhere = -8, True  # everywhere: in a validation within the fit, too
+    checks = ()  # see "What is refused"
+    before = random = None  # while it trains: what is to be put back
+    def __init__(self,
+                 strategy:str='ddp', # each process has all weights; 'fsdp': each has a part of them
+                 timeout:float=600.): # how long to wait for the others before giving up, seconds
+        if strategy not in ('ddp', 'fsdp'): raise ValueError(f"expected 'ddp' or 'fsdp', got {strategy!r}")
+        if strategy == 'fsdp' and torch.__version__ < _OLDEST:
+            oldest = '.'.join(map(str, _OLDEST))
+            raise ValueError(f"expected PyTorch {oldest} or newer for 'fsdp', got {torch.__version__}")
+        self.strategy, self.team = strategy, Team(timeout)
+
+    def before_fit(self, learn):
+        for check in self.checks: check(learn, self)
+        self.before, learn.team = (learn.dls, learn.progress), self.team
+        learn.dls = tuple(_part_of(dl, self.team) for dl in learn.dls)
+        learn.progress = learn.progress and self.team.rank == 0  # one of them prints
+        self.align(learn)
+        if self.strategy == 'fsdp': _shard(learn, self)
+
+    def cleanup_fit(self, learn):
+        if not self.before or learn.depth > 1: return  # a fit within the fit: it was refused
+        learn.dls, learn.progress = self.before
+        if self.random: set_rng_state(self.random)
+        self.before = self.random = learn.team = None
+
+# %% ../nbs/31_distributed.ipynb #310109
+@patch
+def after_loss(self:Distributed, learn):
+    "Put the loss of the whole batch in the place of one's own, so that all decide alike."
+    if not learn.training: return
+    loss = learn.loss.detach()
+    weight = torch.as_tensor(learn.loss_weight(), dtype=torch.float64, device=loss.device).reshape(())
+    own = torch.where(weight > 0, loss.double().reshape(())*weight, 0.)  # a mean over no rows is nan
+    total, weights = self.team.sum(torch.stack([own, weight]))
+    if self.strategy == 'fsdp':  # it takes a plain mean of the gradients
+        learn.loss = learn.loss*(weight*self.team.size/weights).to(loss.dtype)
+    learn.loss = _Agreed.apply(learn.loss, total/weights)
 
 # %% ../nbs/31_distributed.ipynb #310110
 @patch
@@ -274,17 +278,12 @@ def after_backward(self:Distributed, learn):
         if n: p.grad = g.copy_((part/weights).view_as(g))
 
 # %% ../nbs/31_distributed.ipynb #310242
-class _Told(Sampler):
+# a loader sets the `n` of its sampler, because its dataset may have grown
+_Share.n = property(lambda self: self.whole.n, lambda self, n: setattr(self.whole, 'n', n))
+
+class _Told(_Share):
     "The batches of a sampler of one's own, as rank 0 draws them."
-    def __init__(self, own, team):
-        vars(self).update(vars(own))
-        self.own, self.team = own, team
-    def __len__(self):
-        self.own.n = self.n
-        return len(self.own)
-    def __iter__(self):
-        self.own.n = self.n
-        yield from self.team.broadcast([*self.own] if self.team.rank == 0 else None)
+    def __iter__(self): yield from self.team.broadcast([*self.whole] if self.team.rank == 0 else None)
 
 # %% ../nbs/31_distributed.ipynb #310256
 def _is_part(p): return hasattr(p, 'full_tensor')  # a sharded weight, of which each rank has a part
@@ -399,7 +398,7 @@ def _check_alike(learn, own):
 
 # %% ../nbs/31_distributed.ipynb #310226
 _WHOLE = ('Record', 'Compile', 'EMA', 'Checkpoint', 'SaveBest', 'GradientAccumulation', 'MixedPrecision',
-          '_Sweep')
+          '_Sweep')  # that of lr_find
 
 def _check_parts(learn, own):
     "Raise `ValueError` for what needs whole weights, if each rank has a part of them."
@@ -476,8 +475,6 @@ def _layers(model):
 def _check_layers(learn, own):
     "Raise `ValueError` for weights that can't be divided layer by layer."
     if own.strategy == 'ddp' or any(map(_is_part, learn.model.parameters())): return
-    from torch.distributed import fsdp
-    if not hasattr(fsdp, 'fully_shard'): _refuse(own, f'PyTorch 2.6 or newer, got {torch.__version__}')
     layers = _layers(learn.model)
     inside = {id(m) for layer in layers for m in layer.modules()}
     rest = {id(p) for m in learn.model.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
@@ -497,16 +494,16 @@ def _shard(learn, own):
                      'what load_sharded reads, call it in the before_fit of a callback')
     from torch.distributed import device_mesh, fsdp
     whole, old = [p for m in learn.modules for p in m.parameters()], learn.opt
-    learn.create_opt()
-    by_hand = type(learn.opt) is not type(old) or _owners(learn.opt) != _owners(old)
+    learn.create_opt()  # is `old` as the Learner makes it, or has the user made another one?
+    of_user = type(learn.opt) is not type(old) or _owners(learn.opt) != _owners(old)
     mesh = device_mesh.init_device_mesh(next(learn.model.parameters()).device.type, (own.team.size,))
     for layer in _layers(learn.model): fsdp.fully_shard(layer, mesh=mesh)
     fsdp.fully_shard(learn.model, mesh=mesh, reshard_after_forward=True)  # also without a backward pass
-    new = dict(zip(map(id, whole), [p for m in learn.modules for p in m.parameters()]))
+    new = dict(zip(map(id, whole), [p for m in learn.modules for p in m.parameters()]))  # whole -> its part
     groups = [group | dict(params=[new.get(id(p), p) for p in group['params']]) for group in old.param_groups]
-    if by_hand: learn.opt = type(old)(groups)
+    if of_user: learn.opt = type(old)(groups)
     else:
-        learn.create_opt()
+        learn.create_opt()  # of the parts; then with the options of the old one
         for group, options in zip(learn.opt.param_groups, groups): group.update(options)
 
 def _owners(opt): return [[*map(id, group['params'])] for group in opt.param_groups]

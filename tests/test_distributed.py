@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed import fsdp
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException, start_processes
 from exp.nb_00 import set_seed
@@ -18,6 +17,7 @@ from exp.nb_12 import EMA, SGD, Adam, AdamW, Muon, RMSProp
 from exp.nb_13 import Checkpoint, CheckpointError, EarlyStopping, SaveBest
 from exp.nb_15 import GradientAccumulation, GradientClip
 from exp.nb_30 import Compile, MixedPrecision, Record
+import exp.nb_31
 from exp.nb_31 import Distributed, Team, load_sharded, save_sharded, share
 
 ROOT = Path(__file__).parent.parent
@@ -468,7 +468,12 @@ def test_one_name_asks_whether_a_tensor_is_sharded():
     assert source.count("'full_tensor'") == 1
 
 
-needs_fsdp = pytest.mark.skipif(not hasattr(fsdp, 'fully_shard'), reason='fully_shard came with PyTorch 2.6')
+OLDEST = '.'.join(map(str, exp.nb_31._OLDEST))
+needs_fsdp = pytest.mark.skipif(torch.__version__ < exp.nb_31._OLDEST, reason=f"'fsdp' needs PyTorch {OLDEST}, this is {torch.__version__}")
+
+def test_fsdp_is_refused_by_an_old_pytorch(monkeypatch):
+    monkeypatch.setattr(torch, '__version__', type(torch.__version__)('2.7.1+cpu'))
+    with pytest.raises(ValueError, match=rf"expected PyTorch {OLDEST} or newer for 'fsdp', got 2.7.1\+cpu"): Distributed('fsdp')
 
 def sharded_with(rank, folder=None, load=False, strategy='fsdp', epochs=2, cbs=lambda: [], rows=640, drop_last=True, opt_func=torch.optim.AdamW):
     learn = new_learner(opt_func, rows=rows, drop_last=drop_last, valid=135)

@@ -15,7 +15,7 @@ from exp.nb_10 import Callback, CancelBatch, CancelEpoch, CancelFit, Learner
 from exp.nb_12 import SGD, AdamW
 from exp.nb_13 import Checkpoint, CheckpointError, EarlyStopping, SaveBest
 from exp.nb_31 import Distributed, Team, load_sharded, save_sharded
-from test_distributed import batch_norm, data, dist_rank, mlp, new_learner, pytestmark as needs_fork, ranks
+from test_distributed import batch_norm, data, dist_rank, mlp, new_learner, needs_fsdp, OLDEST, pytestmark as needs_fork, ranks
 
 pytestmark = needs_fork
 
@@ -491,7 +491,7 @@ def a_folder_with_other_files(rank, folder):
 @pytest.mark.parametrize('name', CASES)
 def test_case(name, found):
     told = [f[name] for f in found]
-    if 'PyTorch 2.6 or newer' in str(told): pytest.skip("'fsdp' needs PyTorch 2.6")
+    if f"PyTorch {OLDEST} or newer for 'fsdp'" in str(told): pytest.skip(f"'fsdp' needs PyTorch {OLDEST}, this is {torch.__version__}")
     assert told == [None, None], '\n'.join(map(str, told))
 
 
@@ -508,6 +508,7 @@ def kills_itself(rank, folder):
     if rank == 1: filesystem.FileSystemWriter.write_data = lambda *args, **options: (time.sleep(0.5), os.kill(os.getpid(), signal.SIGKILL))
     save_sharded(learn, folder)
 
+@needs_fsdp
 def test_killed_while_it_saves(tmp_path):
     "The old save is whole."
     with pytest.raises(Exception): ranks(partial(kills_itself, folder=tmp_path/'save'), 2, tmp_path/'a')
@@ -555,7 +556,7 @@ def parting(rank, cbs=(), strategy='ddp', **options):
     faulthandler.disable()  # PyTorch aborts where two sums don't match
     torch_learner(**options).fit(3, cbs=[Distributed(strategy, timeout=2), *cbs])
 
-@pytest.mark.parametrize('options', PARTING.values(), ids=PARTING)
+@pytest.mark.parametrize('options', [pytest.param(o, marks=needs_fsdp if 'strategy' in o else ()) for o in PARTING.values()], ids=PARTING)
 def test_what_ends_the_job(options, tmp_path):
     "No rank goes on alone."
     with pytest.raises(Exception) as e: ranks(partial(parting, **options), 2, tmp_path/'a', seconds=40)
