@@ -212,7 +212,7 @@ def _adds_nothing(metric):
     return type(metric).update is not Metric.update or hasattr(metric, 'accumulate')
 
 # %% ../nbs/31_distributed.ipynb #310106
-_OLDEST = (2, 8)  # on CPUs, `fully_shard` of PyTorch 2.6 fails, and that of 2.7 trains wrong weights
+_OLDEST = (2, 9)  # before, on CPUs, `fully_shard` adds up the gradients and does not divide (issue 162338)
 
 class Distributed(Callback):
     """Trains with all processes that torchrun has started. Each predicts its part of each batch, and all take
