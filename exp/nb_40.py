@@ -166,10 +166,10 @@ def go_on(self:Transformer, x, # tokens (n, t, dim)
           mask, # as in `Attention`
           caches): # one for each block, with the tokens before these
     "`forward` with caches; what is refused leaves nothing behind in them."
+    if len(caches) != len(self.blocks):
+        raise ValueError(f'expected a cache for each of {len(self.blocks)} blocks, got {len(caches)}')
     lengths = [cache.length for cache in caches]
-    if len(lengths) != len(self.blocks) or len(set(lengths)) > 1:
-        raise ValueError(f'expected a cache for each of {len(self.blocks)} blocks, with equally many tokens, '
-                         f'got {len(lengths)} with {lengths}')
+    if len(set(lengths)) > 1: raise ValueError(f'expected caches with equally many tokens, got {lengths}')
     x = self.placed(x, lengths[0])
     try:
         for block, cache in zip(self.blocks, caches): x = block(x, mask, cache)
