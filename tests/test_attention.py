@@ -249,6 +249,7 @@ def test_caches_of_different_lengths_are_refused():
     assert [c.length for c in caches] == [2, 0]
 
 
+@pytest.mark.skipif(torch.__version__.startswith('2.4'), reason='nan in PyTorch 2.4')
 @pytest.mark.parametrize('causal', [False, True])
 def test_who_may_see_nothing_takes_zeros(causal):
     "In `weights` as in `forward`, for such a query alone."
