@@ -115,7 +115,7 @@ def forward(self:Attention, x, # (n, t, dim)
     "Each token's answer, (n, t, dim)."
     q, k, v = self.split(x)
     before = 0 if cache is None else cache.length
-    is_causal = self.causal and mask is None and before == 0  # PyTorch makes this mask faster
+    is_causal = self.causal and mask is None and before == 0 and x.shape[1] > 1  # PyTorch's own is faster
     if not is_causal: mask = self.seen(q, mask, before)
     if cache is not None: k, v = self.extend(cache, k, v)
     z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
