@@ -276,7 +276,8 @@ def get_rng_state(dls=() # loaders whose own generators to include
     keys = torch.from_numpy(keys.astype(np.int64))  # as a tensor, which a checkpoint can hold
     state = dict(python=random.getstate(), numpy=(kind, keys, *rest),
                  torch=torch.get_rng_state(), loaders=[g.get_state() for g in _generators(dls)])
-    if torch.cuda.is_initialized(): state['cuda'] = torch.cuda.get_rng_state_all()  # never in a forked process
+    if torch.cuda.is_initialized():  # in a forked process it never is
+        state['cuda'] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available(): state['mps'] = torch.mps.get_rng_state()
     return state
 
