@@ -642,7 +642,7 @@ def _careful_load(load):
                                  f'{_reason(error)}') from error
         return scores
     careful.__doc__ = f"""{load.__doc__}
-    Raises `ValueError` for a damaged file. A file .onnx has no checksum: there only if it can't be read."""
+    Raises `ValueError` for a damaged file. One .onnx has no checksum, so it is found only if unreadable."""
     return careful
 
 load_exported = _careful_load(load_exported)  # the one of the lesson, with checks round it
