@@ -32,7 +32,7 @@ from .nb_23 import Crop, FastCNN, Unshuffle, load_pretrained
 class _Form(NamedTuple):
     write: Callable     # (model, inputs) -> bytes
     read: Callable      # (bytes) -> function (*inputs) -> scores
-    tolerance: float    # largest difference of scores, as a share of the largest score
+    tolerance: float    # largest difference of scores, as a share of the largest magnitude
     of: Callable = lambda scores: scores  # what of the scores is compared
 
 _FORMS = {}  # suffix -> form
@@ -68,12 +68,11 @@ def _compare(run, model, inputs, form):
                                equal_nan=True, check_dtype=False)
 
 # %% ../nbs/32_deployment.ipynb #320052
-def export_model(learn, # a Learner or a model; is afterwards as it was before
-                 path, # file to write: .pt2 for PyTorch, .onnx for others, .html for a page to draw on
+def export_model(learn, # a model; is afterwards as it was before
+                 path, # file to write; its suffix says the form
                  example, # inputs to compare with, (n, ...), or a tuple of such for several inputs
                 ) -> Path: # the file
-    """Write a network as a program for any number of rows, if it gives the same scores when it is read back.
-    Raises `ValueError` if it can't be exported or differs, `ImportError` without what a form needs."""
+    "Write a network as a program for any number of rows, if it gives the same scores when it is read back."
     path, inputs = Path(path), example if isinstance(example, tuple) else (example,)
     form = _FORMS[path.suffix]                                      # rule 2
     model = copy.deepcopy(learn).eval()                             # rule 1
@@ -86,8 +85,7 @@ def export_model(learn, # a Learner or a model; is afterwards as it was before
 # %% ../nbs/32_deployment.ipynb #320053
 def load_exported(path, # file that `export_model` has written
                  ): # function (inputs) -> scores, both Tensors on the CPU
-    """An exported program, to be called. Load only files that you trust, for a program may do anything.
-    Raises `ValueError` for a damaged file; .onnx has no checksum, so there only if it can't be read."""
+    "An exported program, to be called. Load only files that you trust, for a program may do anything."
     path = Path(path)
     run = _FORMS[path.suffix].read(path.read_bytes())
     def scores(*inputs):
@@ -115,6 +113,8 @@ _FORMS['.onnx'] = _Form(_to_onnx, _from_onnx, 1e-5)
 _EXTRA = 'onnx', 'onnxscript', 'onnxruntime'
 
 # %% ../nbs/32_deployment.ipynb #320064
+def _by_row(scale, w): return scale.view(-1, *[1]*(w.ndim - 1))
+
 def quantize(w:Tensor, # (rows, ...) weights
              bits:int=8, # of each whole number, 2 to 8
             ) -> tuple: # whole numbers in the shape of w, int8; scales (rows,)
@@ -123,7 +123,7 @@ def quantize(w:Tensor, # (rows, ...) weights
     if bits not in range(2, 9): raise ValueError(f'expected 2 to 8 bits, got {bits}')
     if not (isinstance(w, Tensor) and w.is_floating_point() and w.ndim > 1 and w[:1].numel()):
         raise ValueError(f'expected weights (rows, ...), a Tensor of floats, got {brief(w)}')
-    w, limit = w.detach().float(), 2**(bits - 1) - 1  # a quotient in 16 bits might be rounded to 128
+    w, limit = w.detach().float(), 2**(bits - 1) - 1
     if not w.isfinite().all(): raise ValueError('expected finite weights as float32, got inf or nan')
     scale = w.flatten(1).abs().amax(1).clamp(min=1e-30)/limit
     return (w/_by_row(scale, w)).round().to(torch.int8), scale
@@ -133,8 +133,6 @@ def dequantize(q:Tensor, # whole numbers of `quantize`
               ) -> Tensor: # as q, float32
     "What `quantize` has kept of the weights."
     return q*_by_row(scale, q)
-
-def _by_row(scale, w): return scale.view(-1, *[1]*(w.ndim - 1))
 
 # %% ../nbs/32_deployment.ipynb #320078
 _NOTHING = nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Flatten
@@ -167,7 +165,7 @@ _ENTRIES = {  # class of a layer -> function (layer) -> its entry, its weights a
     Unshuffle: lambda m: (dict(op='unshuffle'), None, None)}
 
 # %% ../nbs/32_deployment.ipynb #320082
-def _base64(values, kind): return base64.b64encode(values.detach().numpy().astype(kind).tobytes()).decode()
+def _base64(values, dtype): return base64.b64encode(values.detach().numpy().astype(dtype).tobytes()).decode()
 
 def _network(model):
     "A network as what JSON can hold: entries of layers, weights as bytes, scales and biases as float32."
@@ -206,7 +204,7 @@ _OPS = {  # name of an entry -> function (inputs, entry, weights, bias)
     'linear': lambda z, entry, w, b: F.linear(z.flatten(1), w, b)}
 
 # %% ../nbs/32_deployment.ipynb #320226
-def _numbers(text, kind): return torch.from_numpy(np.frombuffer(base64.b64decode(text), kind).copy())
+def _numbers(text, dtype): return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype).copy())
 
 def _run_of_network(network):
     "What `_network` gives, as a function (images) -> scores."
@@ -371,7 +369,7 @@ def _check_form(path):
 # %% ../nbs/32_deployment.ipynb #320242
 _WHY = {  # what torch or Python says -> what it means
     'data-dependent': 'it decides by numbers in a tensor (an if, .item() or the like)',
-    'Constraints violated': 'its number of rows is not free, for its code has an end for it (an if, a slice)',
+    'Constraints violated': 'its number of rows is not free, for its code limits it (an if, a slice)',
     'input tree spec': 'another number of inputs', 'zip() argument': 'another number of inputs',
     'deserializing the saved file': 'made by another version of PyTorch, or no program at all',
     'in the archive': 'made by another version of PyTorch, or no program at all',
@@ -380,10 +378,10 @@ _WHY = {  # what torch or Python says -> what it means
 def _reason(error):
     "One line on why a model can't be exported."
     while error.__cause__ and 'onnx' in type(error).__module__: error = error.__cause__  # the first error
-    text = str(error)
-    text = next((why for said, why in _WHY.items() if said in text), text)
+    said = str(error)
+    text = next((why for part, why in _WHY.items() if part in said), said)
     if off := re.search(r'bsolute difference: (\S+)', text): text = f'its scores would be off by {off[1]}'
-    if fixed := re.search(r'specialized it to be a constant \(\d+\)', text):
+    if fixed := re.search(r'specialized it to be a constant \(\d+\)', said):
         text = f'its number of rows is not free, for its code {fixed[0]} (by len(), an if or the like)'
     line = text.strip().split('\n')[0] or type(error).__name__
     return line if len(line) <= 180 else f'{line[:177]}...'
@@ -592,6 +590,7 @@ _FORMS.update({suffix: form._replace(write=_calm(form.write), read=_calm(form.re
 
 def _careful_export(export):
     "`export` after checks of what comes in, and with one sentence for whatever goes wrong."
+    export = getattr(export, '__wrapped__', export)  # once only, however often this cell runs
     @wraps(export)
     def careful(learn, path, example):
         path = Path(path).expanduser()
@@ -606,6 +605,9 @@ def _careful_export(export):
             raise ValueError(f'expected a model that can be exported as {path.suffix}, got one of '
                              f"{type(model).__name__} that can't: {_reason(error)}; "
                              'nothing was written') from error
+    careful.__doc__ = f"""{export.__doc__}
+    .pt2 is for PyTorch, .onnx for other runtimes, .html is a page to draw on. `learn` may be a Learner, too.
+    Raises `ValueError` if it can't be exported or differs, `ImportError` without what a form needs."""
     return careful
 
 export_model = _careful_export(export_model)  # the one of the lesson, with checks round it
@@ -617,6 +619,7 @@ def _check_zip(data):
 
 def _careful_load(load):
     "`load`, with one sentence for a damaged file and for wrong inputs."
+    load = getattr(load, '__wrapped__', load)
     @wraps(load)
     def careful(path):
         path = Path(path).expanduser()
@@ -638,6 +641,8 @@ def _careful_load(load):
                 raise ValueError(f'{path.name}: expected inputs as in the export, got {_in_words(inputs)}: '
                                  f'{_reason(error)}') from error
         return scores
+    careful.__doc__ = f"""{load.__doc__}
+    Raises `ValueError` for a damaged file. One .onnx has no checksum, so it is found only if unreadable."""
     return careful
 
 load_exported = _careful_load(load_exported)  # the one of the lesson, with checks round it

@@ -138,7 +138,7 @@ class Drifting(nn.Module):
     def forward(self, x): return x*torch.tensor(time.time() % 1000).float()
 
 
-@pytest.mark.parametrize('net, words', [(Decides(), 'decides by numbers'), (Rows(), 'number of rows is not free'), (Restless(), 'nothing was written'),
+@pytest.mark.parametrize('net, words', [(Decides(), 'decides by numbers'), (Rows(), r'not free, for its code specialized it to be a constant .2. .by len'), (Restless(), 'nothing was written'),
                                         (Drifting(), 'nothing was written')], ids=['decides', 'rows', 'restless', 'drifting'])
 def test_what_breaks(net, words, tmp_path, capfd):
     path = tmp_path/'a.pt2'
