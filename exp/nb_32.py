@@ -612,11 +612,12 @@ def _careful_export(export):
 
 export_model = _careful_export(export_model)  # the one of the lesson, with checks round it
 
-# %% ../nbs/32_deployment.ipynb #320259
+# %% ../nbs/32_deployment.ipynb #320271
 def _check_zip(data):
     with zipfile.ZipFile(io.BytesIO(data)) as file:
         if bad := file.testzip(): raise ValueError(f'the checksum of {bad} is another')
 
+# %% ../nbs/32_deployment.ipynb #320259
 def _careful_load(load):
     "`load`, with one sentence for a damaged file and for wrong inputs."
     load = getattr(load, '__wrapped__', load)
