@@ -11,7 +11,7 @@ from exp.nb_10 import Learner
 from exp.nb_12 import AdamW
 from exp.nb_13 import Checkpoint, load_weights, save_weights
 from exp.nb_30 import Record
-from exp.nb_41 import (VAE, Autoencoder, Moments, Scorer, as_digits, evaluating, frechet_distance, gaussian_kl, kid, matrix_sqrt, moments, pixel_loss,
+from exp.nb_41 import (VAE, Autoencoder, Moments, Scorer, as_digits, as_table, evaluating, frechet_distance, gaussian_kl, kid, matrix_sqrt, moments, pixel_loss,
                        train_scorer, vae_loss)
 
 FAST = settings(deadline=None, max_examples=25)
@@ -100,6 +100,13 @@ def test_matrix_sqrt(seed, d, rank):
 def test_features_that_have_no_moments(features, words):
     for func in (moments, lambda a: frechet_distance(a, torch.randn(9, 1)), lambda a: frechet_distance(torch.randn(9, 1), a)):
         with pytest.raises(ValueError, match=words): func(features)
+
+def test_a_table_of_any_numbers():
+    "Lists, arrays and tensors with a gradient, as doubles without one; kid refuses what is none, too."
+    for features in ([[1, 2], [3, 4]], torch.tensor([[1., 2.], [3., 4.]]).numpy(), torch.tensor([[1., 2.], [3., 4.]], requires_grad=True)):
+        table = as_table(features)
+        assert table.dtype is torch.float64 and not table.requires_grad and table.tolist() == [[1, 2], [3, 4]]
+    with pytest.raises(ValueError, match=r'features \(n, d\), got shape \(3,\)'): kid(torch.zeros(3), torch.zeros(3, 1))
 
 def test_widths_must_agree():
     for func in (frechet_distance, kid):
