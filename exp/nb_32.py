@@ -33,7 +33,7 @@ class _Form(NamedTuple):
     write: Callable     # (model, inputs) -> bytes
     read: Callable      # (bytes) -> function (*inputs) -> scores
     tolerance: float    # largest difference of scores, as a share of the largest magnitude
-    of: Callable = lambda scores: scores  # what of the scores is compared
+    of: Callable = lambda scores: scores  # what is compared, made of the scores
 
 _FORMS = {}  # suffix -> form
 
