@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'atomic_write', 'CheckpointError', 'last_checkpoint', 'read_checkpoint', 'save_checkpoint',
-           'load_checkpoint', 'save_weights', 'load_weights', 'Monitor', 'Checkpoint', 'SaveBest', 'EarlyStopping']
+           'load_checkpoint', 'save_weights', 'load_weights', 'HeldSignals', 'Monitor', 'Checkpoint', 'SaveBest',
+           'EarlyStopping']
 
 # %% ../nbs/13_checkpoints.ipynb #130004
 import base64, codecs, copy, errno, glob, hashlib, io, json, math, numbers, os, pickle, platform
@@ -541,11 +542,12 @@ class _Rest:
         yield from batches
 
 # %% ../nbs/13_checkpoints.ipynb #130047
-class _Signals:
+class HeldSignals:
     "Holds Ctrl-C and SIGTERM back until `release`; a second one is let through at once."
     def __init__(self): self.asked, self.old = None, {}
 
     def catch(self):
+        "Begin to hold them back."
         if threading.current_thread() is not threading.main_thread(): return  # only there can one catch them
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) in (None, signal.SIG_IGN): continue
@@ -675,7 +677,7 @@ class Checkpoint(Monitor):
             raise ValueError(f'expected resume to be True or False, got {resume!r}')
         self.folder, self.every, self.keep = Path(folder).expanduser(), every, keep
         self.monitor, self.resume = monitor, resume
-        self.signals, self.lock = _Signals(), _FolderLock(self.folder)
+        self.signals, self.lock = HeldSignals(), _FolderLock(self.folder)
 
 # %% ../nbs/13_checkpoints.ipynb #130195
 @patch
@@ -686,7 +688,7 @@ def before_fit(self:Checkpoint, learn):
     self.planned, self.dls = learn.n_epochs, learn.dls  # others may change the loaders
     self.terms = dict(lrs=[float(g['lr']) for g in learn.opt.param_groups],
                       n_iter=length_hint(learn.dls[0], -1), max_batches=learn.max_batches)
-    self.signals, self.lock = _Signals(), _FolderLock(self.folder)  # new ones, for a fit within a fit
+    self.signals, self.lock = HeldSignals(), _FolderLock(self.folder)  # new ones, for a fit within a fit
     problem, path = self.lock.take(), last_checkpoint(self.folder)
     if learn.team: path = learn.team.broadcast(path)
     if path and not self.resume:

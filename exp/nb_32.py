@@ -6,7 +6,7 @@
 __all__ = ['export_model', 'load_exported', 'quantize', 'dequantize', 'exp_draw']
 
 # %% ../nbs/32_deployment.ipynb #320003
-import argparse, base64, copy, errno, html, http.server, io, json, logging, re, signal, sys
+import argparse, base64, copy, errno, html, http.server, io, json, logging, re, sys
 import threading, warnings, webbrowser, zipfile, zlib
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import wraps
@@ -22,7 +22,7 @@ from .nb_01 import get_test_data
 from .nb_02 import Model
 from .nb_05 import brief
 from .nb_10 import Learner
-from .nb_13 import atomic_write
+from .nb_13 import HeldSignals, atomic_write
 from .nb_14 import load_run, read_settings
 from .nb_15 import BatchTransform
 from .nb_20 import SimpleCNN
@@ -314,34 +314,22 @@ function see(ink, side) {  // side x side numbers from 0 to 1, gives 28 x 28 as 
 }
 '''
 
-# %% ../nbs/32_deployment.ipynb #320025
-@contextmanager
-def _late():
-    "A first Ctrl-C is raised at the end, and a second one at once."
-    before, asked = signal.getsignal(signal.SIGINT), []
-    def note(number, frame):
-        asked.append(number)
-        if len(asked) > 1: before(number, frame)
-    catch = callable(before) and threading.current_thread() is threading.main_thread()
-    if catch: signal.signal(signal.SIGINT, note)
-    try: yield
-    finally:
-        if catch: signal.signal(signal.SIGINT, before)
-        if len(asked) == 1: signal.raise_signal(asked[0])
-
 # %% ../nbs/32_deployment.ipynb #320149
 _alone = threading.RLock()  # the screen and the loggers belong to all threads
 
 @contextmanager
 def _quiet():
     "Without what exporters print and log, or other threads meanwhile; for one thread at a time."
-    with _alone, _late():
-        before = logging.root.manager.disable
+    with _alone:
+        held, before = HeldSignals(), logging.root.manager.disable
+        held.catch()
         logging.disable(logging.CRITICAL)
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), \
                  warnings.catch_warnings(action='ignore'): yield
-        finally: logging.disable(before)
+        finally:
+            logging.disable(before)
+            held.release()
 
 def _calm(function):
     @wraps(function)
@@ -357,10 +345,10 @@ def _check_form(path):
     if path.suffix not in _FORMS:
         raise ValueError(f'expected a name that ends with {", ".join(_FORMS)} in small letters, '
                          f'such as model.pt2, got {path.name!r}')
-    version = torch.__version__.split('+')[0]
-    if path.suffix == '.pt2' and tuple(map(int, version.split('.')[:2])) < _OLDEST:
+    if path.suffix == '.pt2' and torch.__version__ < _OLDEST:
         oldest = '.'.join(map(str, _OLDEST))
-        raise ImportError(f'expected PyTorch {oldest} or newer for files .pt2, got {version}')
+        found = torch.__version__.split('+')[0]
+        raise ImportError(f'expected PyTorch {oldest} or newer for files .pt2, got {found}')
     missing = [name for name in _EXTRA if not find_spec(name)]
     if path.suffix == '.onnx' and missing:
         raise ImportError(f'expected {", ".join(_EXTRA)} for a file .onnx, found no {missing[0]}: '
