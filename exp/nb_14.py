@@ -142,6 +142,13 @@ def _check_name(name): # one that every system can give to a folder
         raise ValueError(f'expected --name without <>:"|?* or . at its end, without a folder, got {name!r}')
 
 # %% ../nbs/14_experiments.ipynb #140015
+def _makes_images(model): return all(callable(getattr(model, name, None)) for name in ('loss', 'sample'))
+
+class _Maker(Learner):
+    def predict(self): self.pred = self.model.loss(*self.batch)
+
+def _as_it_comes(loss, y): return loss
+
 def make_learner(settings:Settings) -> Learner:
     "Data, model and optimizer as the settings say, from their seed."
     _check_choices(settings)
@@ -156,8 +163,9 @@ def make_learner(settings:Settings) -> Learner:
 
 def _learner(settings, n_in): # without data
     model = MODELS[settings.model](n_in, settings.hidden, 10).to(_device(settings.device))
-    opt_func = OPTIMIZERS[settings.opt][0]
-    return Learner(model, (None, None), opt_func=opt_func, lr=settings.lr, metrics=accuracy)
+    options = dict(opt_func=OPTIMIZERS[settings.opt][0], lr=settings.lr)
+    if _makes_images(model): return _Maker(model, (None, None), _as_it_comes, **options)
+    return Learner(model, (None, None), metrics=accuracy, **options)
 
 def _check_data(name, x, y, settings, n_in=None): # n_in: pixels that the model takes; None: any number
     "Raise `ValueError` unless a model of ten classes can be trained or tested with these images and labels."
@@ -249,12 +257,14 @@ def _plot_epochs(ax, rows, key, **kwargs):
     ax.set_xlabel('epoch')
     ax.xaxis.get_major_locator().set_params(integer=True)
 
-def _draw_curves(recorder, axs): # three axes: loss, accuracy, learning rate
-    loss, acc, lr = axs
-    best = max(recorder.epochs, key=lambda row: row['accuracy'])
+def _draw_curves(recorder, axs): # axes for loss, accuracy if there is one, and learning rate
+    loss, *acc, lr = axs
     recorder.plot_loss(loss).set_title(f'Validation loss ends at {recorder.epochs[-1]["valid_loss"]:.3f}')
-    _plot_epochs(acc, recorder.epochs, 'accuracy', color=COLORS['vermillion'])
-    acc.set(ylabel='validation accuracy', title=f'Best in epoch {best["epoch"]:.0f}: {best["accuracy"]:.2%}')
+    for ax in acc:
+        best = max(recorder.epochs, key=lambda row: row['accuracy'])
+        _plot_epochs(ax, recorder.epochs, 'accuracy', color=COLORS['vermillion'])
+        ax.set_title(f'Best in epoch {best["epoch"]:.0f}: {best["accuracy"]:.2%}')
+        ax.set_ylabel('validation accuracy')
     lr.plot(recorder.lrs, color=COLORS['green'])
     lr.set(xlabel='batch', ylabel='learning rate', title=f'Learning rate up to {max(recorder.lrs):.3g}')
 
@@ -267,7 +277,7 @@ def _draw_mistakes(model, ds, shape, axs): # shape: rows and columns of an image
 def _figure(rows, columns, **kwargs):
     from matplotlib.figure import Figure  # without pyplot: no window, whatever the backend
     fig = Figure(layout='constrained', **kwargs)
-    axs = [*fig.subplots(rows, columns).flat]
+    axs = [*fig.subplots(rows, columns, squeeze=False).flat]
     for ax in axs: ax.set_prop_cycle(color=[*COLORS.values()])
     return fig, axs
 
@@ -275,9 +285,11 @@ def _save_figure(fig, path):
     with atomic_write(path) as file: fig.savefig(file, format='png', dpi=180)
 
 def _save_pictures(learn, config, folder):
-    fig, axs = _figure(1, 3, figsize=(11, 3))
+    judged = 'accuracy' in learn.results
+    fig, axs = _figure(1, 2 + judged, figsize=(11, 3))
     _draw_curves(learn.recorder, axs)
     _save_figure(fig, folder/'curves.png')
+    if not judged: return
     fig, axs = _figure(2, 6, figsize=(9, 4))
     fig.suptitle('Most confidently wrong: label as prediction, and how sure the model was')
     ds = learn.dls[1].ds
@@ -291,6 +303,20 @@ def _image_shape(config, n): # rows and columns of n pixels: as in a file of ima
             shape = tuple(read_idx(path).shape[1:])
             if math.prod(shape) == n: return shape
     return 1, n
+
+# %% ../nbs/14_experiments.ipynb #140411
+class _Samples(Callback):
+    "After each epoch, 100 new images as `samples-000.png` and so on, always from the same random numbers."
+    order = 30  # with the table, after the best weights are saved
+    def __init__(self, folder): self.folder = folder
+
+    def after_epoch(self, learn):
+        images = learn.model.sample(100, torch.Generator().manual_seed(0)).detach().cpu()
+        side = math.isqrt(images[0].numel())
+        rows = images.view(10, 10, side, side).transpose(1, 2).reshape(10*side, 10*side)
+        fig, axs = _figure(1, 1, figsize=(5, 5))
+        show_image(rows, axs[0], f'Epoch {learn.epoch}: validation loss {learn.results["valid_loss"]:.4f}')
+        _save_figure(fig, self.folder/f'samples-{learn.epoch:03}.png')
 
 # %% ../nbs/14_experiments.ipynb #140030
 def _run_folders(out): return sorted(path.parent for path in Path(out).expanduser().glob('*/config.json'))
@@ -346,11 +372,12 @@ def _read_json(path):
 def _train(learn, config, folder, test_ds, team=None):
     log = _Log(folder)  # takes the place of the Learner's own Progress
     cbs = [Scheduler(lr=SCHEDULES[config.sched](config.lr)),
-           SaveBest(folder/'model.safetensors', 'accuracy'),
+           SaveBest(folder/'model.safetensors', 'accuracy' if learn.metrics else 'valid_loss'),
            Checkpoint(folder/'checkpoint', keep=2, monitor=None, resume=True)]
     if team: cbs.append(resolve_name('exp.nb_31:Distributed')())
     if team and team.rank: return learn.fit(config.epochs, cbs=cbs)  # the first one tells and writes
     if config.tensorboard: cbs.append(_TensorBoard(folder))
+    if _makes_images(learn.model): cbs.append(_Samples(folder))
     try: learn.fit(config.epochs, cbs=[log, *cbs])
     except KeyboardInterrupt:
         log.say(f'interrupted; to go on: exp_train --resume {shlex.quote(str(folder))}')
@@ -358,14 +385,16 @@ def _train(learn, config, folder, test_ds, team=None):
     _finish(learn, config, folder, test_ds, log)
 
 def _finish(learn, config, folder, test_ds, log):
-    "Results, pictures, and two last lines: validation accuracy, or test accuracy if that was asked for."
+    "Results, pictures, and two last lines: accuracy, or loss, on validation or, if asked for, test images."
     learn.recorder.to_csv(folder/'metrics.csv')
-    rows = learn.recorder.epochs
-    results = dict(seconds=sum(row['seconds'] for row in rows), accuracy=max(row['accuracy'] for row in rows))
-    line = f'validation accuracy: {results["accuracy"]:.2%} of {len(learn.dls[1].ds):,} images'
+    rows, kind, ds = learn.recorder.epochs, 'validation', learn.dls[1].ds
+    name, best, form = ('accuracy', max, '.2%') if learn.metrics else ('valid_loss', min, '.4f')
+    value, what = best(row[name] for row in rows), name.removeprefix('valid_')
+    results = {'seconds': sum(row['seconds'] for row in rows), what: value}
     if test_ds:  # SaveBest has put the best weights back
-        results['test_accuracy'] = learn.validate(test_ds)['accuracy']
-        line = f'test accuracy: {results["test_accuracy"]:.2%} of {len(test_ds):,} images'
+        kind, ds, value = 'test', test_ds, learn.validate(test_ds)[name]
+        results[f'test_{what}'] = value
+    line = f'{kind} {what}: {value:{form}} of {len(ds):,} images'
     _write_json(results, folder/'results.json')
     _save_pictures(learn, config, folder)
     log.say(f'{line}, after {results["seconds"]:.1f} s')
@@ -444,7 +473,7 @@ def read_metrics(folder # of a run
         text = path.read_text(encoding='utf-8')
         if not text.endswith('\n'): raise ValueError(f'a last line that is cut short: {text[-40:]!r}')
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(text.splitlines())]
-        if rows and not {'epoch', 'valid_loss', 'accuracy'} <= {*rows[0]}: raise ValueError([*rows[0]])
+        if rows and not {'epoch', 'valid_loss'} <= {*rows[0]}: raise ValueError([*rows[0]])
         return rows
     except (ValueError, TypeError, csv.Error) as e:  # TypeError: a line of more or fewer fields
         raise ValueError(f'{path}: expected a line of numbers for each epoch, found {e}') from None
@@ -488,9 +517,10 @@ def _summary(folder, careful=nullcontext):  # careful: what happens to an error 
     settings, rows, results = read_settings(folder), [], {}
     with careful(folder): rows = read_metrics(folder)
     with careful(folder): results = _read_results(folder)
-    valid = [row['accuracy'] for row in rows if math.isfinite(row['accuracy'])]
+    def known(name): return [row[name] for row in rows if math.isfinite(row.get(name, math.nan))]
     return dict(run=folder.name) | asdict(settings) | dict(epochs=f'{len(rows)}/{settings.epochs}',
-        valid=max(valid, default=None), seconds=results.get('seconds'))
+        valid=max(known('accuracy'), default=None), loss=min(known('valid_loss'), default=None),
+        seconds=results.get('seconds'))
 
 def _read_results(folder):
     path = folder/'results.json'
@@ -519,7 +549,8 @@ def plot_runs(*runs, # folders of runs, or their names in `out`; at least one
     labels = _labels([folder.name for folder in folders])
     if axs is None: _, axs = _figure(1, 2, figsize=(11, 3.2))
     for ax, key, what in zip(axs, ('valid_loss', 'accuracy'), ('validation loss', 'validation accuracy')):
-        for run, label in zip(folders, labels): _plot_epochs(ax, read_metrics(run), key, ms=3, label=label)
+        for run, label in zip(folders, labels):
+            _plot_epochs(ax, [row for row in read_metrics(run) if key in row], key, ms=3, label=label)
         ax.set(ylabel=what, title=f'{what.capitalize()} of each run')
     axs[1].legend(fontsize=9, loc='upper left', bbox_to_anchor=(1.02, 1))
     return axs[1].figure
@@ -537,6 +568,7 @@ def final_accuracy(run, # folder of a run, or its name in `out`
     "Test accuracy of the run that was chosen; no choice should depend on it."
     folder = _find_run(run, out)
     learn = load_run(folder)
+    if not learn.metrics: raise ValueError(f'{folder}: expected a run of a model that reads images')
     device = next(learn.model.parameters()).device
     return learn.validate(_test_set(read_settings(folder), device))['accuracy']
 
@@ -579,8 +611,9 @@ def exp_runs(*runs, # none: a table of all; two: what is different
     elif len(runs) == 2 and not plot: _print_table(compare_runs(*runs, out=out), otherwise='no difference')
     else:
         rows = [_summary(_find_run(run, out)) for run in runs] if runs else list_runs(out)
-        _print_table(rows, [*_COLUMNS, *also], otherwise=f'no runs in {out}')
-        drawn = runs or [row['run'] for row in rows if row['valid'] is not None]
+        unjudged = any(row['valid'] is None and row['loss'] is not None for row in rows)
+        _print_table(rows, [*_COLUMNS, *['loss']*unjudged, *also], otherwise=f'no runs in {out}')
+        drawn = runs or [row['run'] for row in rows if row['loss'] is not None]
         if plot and rows: _save_figure(plot_runs(*drawn, out=out), plot)
 
 def _exp_runs_command(argv=None):
@@ -593,6 +626,16 @@ def _exp_runs_command(argv=None):
     parser.add_argument('--also', action='append', default=[], choices=_NAMES, help='a column, such as seed')
     options = vars(parser.parse_args(argv))
     _run_command('exp_runs', lambda: exp_runs(*options.pop('runs'), **options))
+
+# %% ../nbs/14_experiments.ipynb #140413
+def _maker(name): # of a class of a later notebook: () -> model, for images of 28 x 28
+    def make(n_in, nh, n_out):
+        if n_in == 784: return resolve_name(name)()
+        raise ValueError(f'expected images of 28 x 28 for this model, got {n_in} pixels')
+    return make
+
+MODELS |= {'vae': _maker('exp.nb_41:VAE'), 'flow': _maker('exp.nb_42:Flow')}
+SUITED |= {'vae': dict(epochs=5, bs=128, lr=0.002), 'flow': dict(epochs=3, bs=128, lr=0.002)}
 
 # %% ../nbs/14_experiments.ipynb #140023
 class _TensorBoard(Callback):

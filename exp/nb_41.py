@@ -195,6 +195,8 @@ class VAE(Autoencoder):
         noise = torch.randn(mean.shape).to(mean)
         return self.logits(mean + (log_var/2).exp()*noise), mean, log_var
 
+    def loss(self, x, y=None): return vae_loss(self(x), x)  # as `exp_train` asks for it
+
     def sample(self,
                n:int, # how many images
                generator=None, # torch.Generator of the CPU; None: PyTorch's own

@@ -7,8 +7,11 @@ from exp import nb_14
 from exp.nb_01 import get_data
 from exp.nb_14 import (MODELS, OPTIMIZERS, SCHEDULES, Settings, compare_runs, exp_runs, exp_train, list_runs, load_run, make_learner, plot_runs, read_metrics,
                        read_settings)
+from exp.nb_32 import exp_draw
 
 FILES = ['checkpoint', 'config.json', 'curves.png', 'log.txt', 'metrics.csv', 'mistakes.png', 'model.safetensors', 'results.json']
+
+MAKERS = 'vae', 'flow'  # they make images
 
 FEW = [t[:n] for t, n in zip(get_data(), (640, 640, 500, 500))]
 
@@ -36,7 +39,7 @@ def test_the_default_reaches_97_percent(seed, tmp_path, capsys, monkeypatch):
     (dict(epochs=0), '--epochs of at least 1, got 0'), (dict(bs=0), '--bs of at least 1 and at most 50000, got 0'), (dict(bs=50_001), 'at most 50000, got 50001'),
     (dict(lr=0.), '--lr above 0, got 0.0'), (dict(lr=float('nan')), 'got nan'), (dict(hidden=-1), 'got -1'), (dict(seed=-1), 'got -1'),
     (dict(dataset='mnits'), r"--dataset in \['mnist', 'fashion_mnist', 'kmnist'\], got 'mnits'"), (dict(data_dir='nowhere'), 'nowhere'),
-    (dict(model='mpl'), r"--model in \['linear', 'mlp', 'deep', 'cnn', 'resnet'\], got 'mpl'"), (dict(opt='adamm'), "'muon'.*got 'adamm'"),
+    (dict(model='mpl'), r"--model in \['linear', 'mlp', 'deep', 'cnn', 'resnet', 'vae', 'flow'\], got 'mpl'"), (dict(opt='adamm'), "'muon'.*got 'adamm'"),
     (dict(sched='saw'), "'wsd'.*got 'saw'"), (dict(device='tpu9'), "got 'tpu9'"), (dict(name='a/b'), "without a folder, got 'a/b'"),
     (dict(resume='none'), "expected a run, got 'none'")])
 def test_wrong_options_are_named_before_anything_is_made(option, words, tmp_path, monkeypatch):
@@ -59,7 +62,7 @@ def test_a_device_by_name(device, small):
     assert next(load_run(folder).model.parameters()).device.type == device
 
 
-@pytest.mark.parametrize('model, opt', [(model, 'adamw') for model in MODELS] + [('mlp', opt) for opt in OPTIMIZERS])
+@pytest.mark.parametrize('model, opt', [(model, 'adamw') for model in MODELS if model not in MAKERS] + [('mlp', opt) for opt in OPTIMIZERS])
 def test_every_model_learns_with_every_optimizer_at_its_rate(model, opt, small):
     folder = exp_train(model=model, opt=opt, epochs=3, bs=16 if model in ('cnn', 'resnet') else 64)
     assert max(row['accuracy'] for row in read_metrics(folder)) > 0.6
@@ -194,3 +197,47 @@ def test_the_log_is_what_was_said(small, capsys):
     torch.set_num_threads(1)
     assert (folder/'log.txt').read_text() == capsys.readouterr().out and json.loads((folder/'config.json').read_text())['settings']['epochs'] == 2
     assert os.listdir('runs') == [folder.name]
+
+
+@pytest.mark.parametrize('model', MAKERS)
+def test_a_model_that_makes_images_leaves_pictures_and_resumes_bit_for_bit(model, small):
+    def kept(folder): return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in ('.png', '.safetensors')}
+    class Stop(nb_14.Callback):
+        def after_epoch(self, learn):
+            if learn.epoch == 0: raise KeyboardInterrupt
+    whole = exp_train(model=model, epochs=2)
+    assert [*sorted(kept(whole))] == ['curves.png', 'model.safetensors', 'samples-000.png', 'samples-001.png']
+    with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(nb_14.Learner, 'default_cbs', (*nb_14.Learner.default_cbs, Stop))
+        exp_train(model=model, epochs=2, name='stopped')
+    again = exp_train(resume=list_runs()[-1]['run'])
+    assert again.name.endswith('stopped') and kept(whole) == kept(again)
+    assert len({kept(whole)[name] for name in ('samples-000.png', 'samples-001.png')}) == 2
+
+
+def test_runs_that_make_images_among_others(small, capsys):
+    made, read = exp_train(model='vae', epochs=1, test=True, name='made'), exp_train(model='linear', epochs=1, name='read')
+    results, rows = json.loads((made/'results.json').read_text()), read_metrics(made)
+    assert {*results} == {'seconds', 'loss', 'test_loss'} and results['loss'] == rows[0]['valid_loss'] and 'accuracy' not in rows[0]
+    assert re.search(r'test loss: [0-9.]+ of 500 images', capsys.readouterr().out)
+    assert [(row['valid'] is None, row['loss'] is None) for row in list_runs()] == [(True, False), (False, False)]
+    exp_runs()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[-1] == 'loss' and len(lines) == 3
+    exp_runs(read.name)
+    assert 'loss' not in capsys.readouterr().out
+    assert [len(line.get_xdata()) for ax in plot_runs(made, read).axes for line in ax.lines] == [1, 1, 0, 1]
+    assert {'valid', 'loss'} <= {row[''] for row in compare_runs(made, read)}
+    images = load_run(made).model.sample(3, torch.Generator().manual_seed(1))
+    assert images.shape == (3, 1, 28, 28) and 0 <= images.min() and images.max() <= 1
+    with pytest.raises(ValueError, match='expected a run of a model that reads images'): nb_14.final_accuracy(made)
+    with pytest.raises(ValueError, match='expected a model that reads digits, got one that makes them'): exp_draw(str(made), serve=False)
+
+
+@pytest.mark.parametrize('model', MAKERS)
+def test_images_of_another_size_are_refused_before_there_is_a_folder(model, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    x, y = torch.rand(64, 32*32), torch.arange(64) % 10
+    monkeypatch.setattr(nb_14, 'get_data', lambda *a: (x, y, x, y))
+    with pytest.raises(ValueError, match='expected images of 28 x 28 for this model, got 1024 pixels'): exp_train(model=model)
+    assert not list(tmp_path.iterdir())
