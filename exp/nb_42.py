@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'flow_loss', 'draw_problem', 'check_data', 'TimeEmbedding', 'Condition', 'MLPBlock', 'FlowMLP',
-           'GenerativeLearner', 'integrate', 'guided', 'sample', 'UNetBlock', 'UNet', 'cosine_schedule', 'ddpm_loss',
-           'ddim']
+           'GenerativeLearner', 'integrate', 'guided', 'sample', 'UNetBlock', 'UNet', 'check_sides', 'cosine_schedule',
+           'ddpm_loss', 'ddim']
 
 # %% ../nbs/42_flow_matching.ipynb #420003
 import math
@@ -215,10 +215,8 @@ class UNet(nn.Module):
                  classes:int=0, # 0: it knows no labels
                  dim:int=64): # numbers of the condition
         super().__init__()
+        check_sides(shape, channels)
         self.shape, self.classes, n, (few, many) = tuple(shape), classes, 4*shape[0], channels
-        if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
-            raise ValueError(f'expected a shape (channels, h, w) whose sides 4 divides, got {self.shape}')
-        if few % 8 or many % 8: raise ValueError(f'expected channels that 8 divides, got {channels}')
         self.condition = Condition(dim, classes)
         self.first = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(n, few, 3, padding=1))
         self.down1, self.down2 = UNetBlock(few, few, dim), UNetBlock(many, many, dim)
@@ -236,6 +234,12 @@ class UNet(nn.Module):
         quarter = self.down2(self.smaller(half), c)      # (n, many, h/4, w/4)
         x = self.up2(torch.cat([self.middle(quarter, c), quarter], 1), c)
         return self.last(self.up1(torch.cat([self.larger(x), half], 1), c))
+
+def check_sides(shape, channels):
+    "Raise `ValueError` unless a `UNet` can be made of these."
+    if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
+        raise ValueError(f'expected a shape (channels, h, w) whose sides 4 divides, got {tuple(shape)}')
+    if any(n % 8 for n in channels): raise ValueError(f'expected channels that 8 divides, got {channels}')
 
 # %% ../nbs/42_flow_matching.ipynb #420082
 def cosine_schedule(t, # time in [0, 1], a number or a Tensor; 0 is noise
