@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'flow_loss', 'draw_problem', 'check_data', 'TimeEmbedding', 'Condition', 'MLPBlock', 'FlowMLP',
-           'GenerativeLearner', 'integrate', 'guided', 'sample', 'UNetBlock', 'UNet', 'check_sides', 'cosine_schedule',
+           'GenerativeLearner', 'integrate', 'guided', 'sample', 'UNetBlock', 'check_sides', 'UNet', 'cosine_schedule',
            'ddpm_loss', 'ddim']
 
 # %% ../nbs/42_flow_matching.ipynb #420003
@@ -206,6 +206,13 @@ class UNetBlock(nn.Module):
         shift = self.shift(c)[:, :, None, None]  # (n, n_out, 1, 1)
         return self.shortcut(x) + self.last(self.first(x) + shift)
 
+# %% ../nbs/42_flow_matching.ipynb #420140
+def check_sides(shape, channels):
+    "Raise `ValueError` unless a `UNet` can be made of these."
+    if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
+        raise ValueError(f'expected a shape (channels, h, w) whose sides 4 divides, got {tuple(shape)}')
+    if any(n % 8 for n in channels): raise ValueError(f'expected channels that 8 divides, got {channels}')
+
 # %% ../nbs/42_flow_matching.ipynb #420072
 class UNet(nn.Module):
     "A velocity for images; raises `ValueError` for sides that it can't halve twice."
@@ -219,10 +226,10 @@ class UNet(nn.Module):
         self.shape, self.classes, n, (few, many) = tuple(shape), classes, 4*shape[0], channels
         self.condition = Condition(dim, classes)
         self.first = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(n, few, 3, padding=1))
-        self.down1, self.down2 = UNetBlock(few, few, dim), UNetBlock(many, many, dim)
+        self.down1, self.up1 = UNetBlock(few, few, dim), UNetBlock(2*few, few, dim)
         self.smaller = nn.Conv2d(few, many, 3, stride=2, padding=1)
+        self.down2, self.up2 = UNetBlock(many, many, dim), UNetBlock(2*many, many, dim)
         self.middle = UNetBlock(many, many, dim)
-        self.up2, self.up1 = UNetBlock(2*many, many, dim), UNetBlock(2*few, few, dim)
         self.larger = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(many, few, 3, padding=1))
         self.last = nn.Sequential(nn.GroupNorm(8, few), nn.SiLU(), nn.Conv2d(few, n, 3, padding=1),
                                   nn.PixelShuffle(2))
@@ -230,16 +237,10 @@ class UNet(nn.Module):
     def forward(self, x, t, labels=None): # (n, *shape), (n,), (n,) -> (n, *shape)
         check_data(x, self.shape)
         c = self.condition(t, labels)
-        half = self.down1(self.first(x), c)              # (n, few, h/2, w/2)
-        quarter = self.down2(self.smaller(half), c)      # (n, many, h/4, w/4)
+        half = self.down1(self.first(x), c)          # (n, few, h/2, w/2)
+        quarter = self.down2(self.smaller(half), c)  # (n, many, h/4, w/4)
         x = self.up2(torch.cat([self.middle(quarter, c), quarter], 1), c)
         return self.last(self.up1(torch.cat([self.larger(x), half], 1), c))
-
-def check_sides(shape, channels):
-    "Raise `ValueError` unless a `UNet` can be made of these."
-    if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
-        raise ValueError(f'expected a shape (channels, h, w) whose sides 4 divides, got {tuple(shape)}')
-    if any(n % 8 for n in channels): raise ValueError(f'expected channels that 8 divides, got {channels}')
 
 # %% ../nbs/42_flow_matching.ipynb #420082
 def cosine_schedule(t, # time in [0, 1], a number or a Tensor; 0 is noise
