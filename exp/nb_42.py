@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'flow_loss', 'draw_problem', 'check_data', 'TimeEmbedding', 'Condition', 'MLPBlock', 'FlowMLP',
-           'GenerativeLearner', 'integrate', 'guided', 'sample', 'UNetBlock', 'check_sides', 'UNet', 'cosine_schedule',
-           'ddpm_loss', 'ddim']
+           'GenerativeLearner', 'integrate', 'guided', 'sample', 'UNetBlock', 'zero', 'check_sides', 'UNet',
+           'cosine_schedule', 'ddpm_loss', 'ddim']
 
 # %% ../nbs/42_flow_matching.ipynb #420003
 import math
@@ -115,6 +115,9 @@ class FlowMLP(nn.Module):
 # %% ../nbs/42_flow_matching.ipynb #420035
 class GenerativeLearner(Learner):
     "A Learner whose `loss_func` is called with the model, the fields of a batch, and a generator."
+    def __init__(self, model, dls, loss_func=flow_loss, *args, **kwargs): # as for `Learner`
+        super().__init__(model, dls, loss_func, *args, **kwargs)
+
     def predict(self, *inputs):
         "Leave the predictions to the loss; raises `TypeError` for inputs."
         if inputs: raise TypeError('expected no inputs: `sample` draws from a generative model')
@@ -201,10 +204,15 @@ class UNetBlock(nn.Module):
         self.shift = nn.Linear(dim, n_out)
         self.last = nn.Sequential(nn.GroupNorm(8, n_out), nn.SiLU(), nn.Conv2d(n_out, n_out, 3, padding=1))
         self.shortcut = nn.Identity() if n_in == n_out else nn.Conv2d(n_in, n_out, 1)
+        zero(self.last[-1])
 
     def forward(self, x, c): # (n, n_in, h, w), (n, dim) -> (n, n_out, h, w)
         shift = self.shift(c)[:, :, None, None]  # (n, n_out, 1, 1)
         return self.shortcut(x) + self.last(self.first(x) + shift)
+
+def zero(layer):
+    "Set its parameters to 0."
+    for p in layer.parameters(): nn.init.zeros_(p)
 
 # %% ../nbs/42_flow_matching.ipynb #420140
 def check_sides(shape, channels):
@@ -233,6 +241,7 @@ class UNet(nn.Module):
         self.larger = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(many, few, 3, padding=1))
         self.last = nn.Sequential(nn.GroupNorm(8, few), nn.SiLU(), nn.Conv2d(few, n, 3, padding=1),
                                   nn.PixelShuffle(2))
+        zero(self.last[2])
 
     def forward(self, x, t, labels=None): # (n, *shape), (n,), (n,) -> (n, *shape)
         check_data(x, self.shape)

@@ -20,7 +20,14 @@ seeds = st.integers(0, 10**6)
 
 def seeded(seed=0): return torch.Generator().manual_seed(seed)
 def mlp(classes=10, n=4, seed=0): set_seed(seed); return FlowMLP(n, width=16, depth=2, classes=classes)
-def unet(classes=10, shape=(1, 8, 12), seed=0): set_seed(seed); return UNet(shape, (8, 16), classes, dim=16)
+
+def unet(classes=10, shape=(1, 8, 12), seed=0):
+    "A small one, as if it were trained: without zeros."
+    set_seed(seed)
+    net = UNet(shape, (8, 16), classes, dim=16)
+    for p in net.parameters():
+        if not p.any(): nn.init.normal_(p, 0, 0.2)
+    return net
 
 class Known(nn.Module):
     "A model that is a function of x and t."
@@ -85,6 +92,8 @@ def test_blocks_equal_their_formulas(seed, n, width):
     h = h + c @ block.shift.weight.T + block.shift.bias
     near(block(x, c), x + (h*h.sigmoid()) @ block.last.weight.T + block.last.bias, atol=1e-5)
     block, x = UNetBlock(8, 16, 3), torch.randn(n, 8, 4, 5)
+    near(block(x, c), block.shortcut(x))  # before any training
+    nn.init.normal_(block.last[-1].weight)
     h = F.conv2d(F.silu(F.group_norm(x, 8)), block.first[2].weight, block.first[2].bias, padding=1)
     h = h + (c @ block.shift.weight.T + block.shift.bias).view(n, 16, 1, 1)
     h = F.conv2d(F.silu(F.group_norm(h, 8)), block.last[2].weight, block.last[2].bias, padding=1)
@@ -109,8 +118,11 @@ def test_unet_shapes(shape, classes):
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
-def test_unet_weights():
-    assert sum(p.numel() for p in UNet(classes=10).parameters()) == 171_364
+def test_a_new_unet():
+    "Its size; at first it says 0 everywhere, and all its weights learn once it doesn't."
+    net, x = UNet(classes=10), torch.randn(2, 1, 28, 28)
+    assert sum(p.numel() for p in net.parameters()) == 171_364
+    assert not net(x, torch.rand(2)).any()
 
 def test_each_row_by_itself():
     "A row's output doesn't depend on the others, and does on time and label."
