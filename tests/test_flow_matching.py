@@ -119,7 +119,7 @@ def test_unet_shapes(shape, classes):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 def test_a_new_unet():
-    "Its size; at first it says 0 everywhere, and all its weights learn once it doesn't."
+    "Its size; at first it says 0 everywhere."
     net, x = UNet(classes=10), torch.randn(2, 1, 28, 28)
     assert sum(p.numel() for p in net.parameters()) == 171_364
     assert not net(x, torch.rand(2)).any()
