@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAYS', 'PIECE', 'get_plays', 'split_text', 'get_text', 'as_tokens', 'windows', 'windows_in_order', 'get_text_dls',
-           'token_loss', 'bits_per_char', 'State', 'GRU', 'LanguageModel', 'draw', 'next_probs', 'generate', 'merge',
+           'token_loss', 'bits_per_char', 'GRU', 'LanguageModel', 'draw_token', 'next_probs', 'generate', 'merge_pair',
            'BPE']
 
 # %% ../nbs/43_language.ipynb #430003
@@ -60,7 +60,7 @@ def as_tokens(tokens, # a list, or a Tensor (t,), of whole numbers of at least 0
     "Tokens as a tensor; raises `ValueError` for anything else."
     if not isinstance(tokens, Tensor):
         try: tokens = torch.tensor([*tokens], dtype=None if len(tokens) else torch.long)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             raise ValueError(f'expected tokens (t,), whole numbers, got {brief(tokens)}') from None
     if tokens.ndim != 1 or tokens.is_floating_point() or tokens.dtype is torch.bool:
         raise ValueError(f'expected tokens (t,), whole numbers, got {brief(tokens.tolist())}')
@@ -121,7 +121,7 @@ def bits_per_char(model, # tokens (n, t) -> scores (n, t, vocab)
     return bits if chars is None else bits*mean.n.item()/chars
 
 # %% ../nbs/43_language.ipynb #430030
-class State:
+class _State:
     "What a GRU remembers of a text: a state, or None at its beginning."
     state = None
 
@@ -142,7 +142,7 @@ class GRU(nn.Module):
         return z*h + (1 - z)*torch.tanh(x_n + r*h_n)
 
     def forward(self, x, # (n, t, dim)
-                caches=None): # a list with one `State`, what was before; it takes in the last state
+                caches=None): # from `new_caches`: what was before; they take in the last state
         "All states, (n, t, hidden)."
         h, states = None if caches is None else caches[0].state, []
         if h is None: h = x.new_zeros(len(x), self.hidden)
@@ -152,7 +152,7 @@ class GRU(nn.Module):
         if caches is not None: caches[0].state = h
         return torch.stack(states, 1)
 
-    def new_caches(self): return [State()]
+    def new_caches(self): return [_State()]
 
 # %% ../nbs/43_language.ipynb #430032
 class LanguageModel(nn.Module):
@@ -178,7 +178,7 @@ class LanguageModel(nn.Module):
     def new_caches(self): return self.body.new_caches()  # for one text, or for several at once
 
 # %% ../nbs/43_language.ipynb #430080
-def draw(probs:Tensor, # (vocab,)
+def draw_token(probs:Tensor, # (vocab,)
          generator): # a torch.Generator of the CPU
     "A token: where the running sum of the probabilities passes a random number."
     sums = probs.cumsum(0)
@@ -227,13 +227,13 @@ def generate(model, # `LanguageModel`
             new = tokens[start:] if caches is None else tokens[-1:]
             if caches is None: caches = model.new_caches()
             scores = model(torch.tensor([new], device=device), caches)[0, -1].cpu()
-            tokens.append(draw(next_probs(scores, temperature, top_k, top_p), generator))
+            tokens.append(draw_token(next_probs(scores, temperature, top_k, top_p), generator))
     return tokens
 
 # %% ../nbs/43_language.ipynb #430050
 PIECE = re.compile(rb' ?[A-Za-z]+| ?[^A-Za-z\s]+|\n+|\s')  # a word, signs, ends of lines, other space
 
-def merge(tokens, pair, new):
+def merge_pair(tokens, pair, new):
     "The list with `new` in place of each `pair`, from the left."
     merged, i = [], 0
     while i < len(tokens):
@@ -273,7 +273,7 @@ def of_piece(self:BPE, piece):
         pairs = self.merges.keys() & {*zip(tokens, tokens[1:])}
         if not pairs: break
         pair = min(pairs, key=self.merges.__getitem__)
-        tokens = merge(tokens, pair, self.merges[pair])
+        tokens = merge_pair(tokens, pair, self.merges[pair])
     if len(self.known) < 100_000: self.known[piece] = tokens
     return tokens
 
@@ -315,7 +315,7 @@ class _Pairs:
         "Only the words with this pair change."
         for i in self.where.pop(pair):
             self.add(i, -1)
-            self.words[i] = merge(self.words[i], pair, new)
+            self.words[i] = merge_pair(self.words[i], pair, new)
             self.add(i, 1)
 
 @patch(cls_method=True)
