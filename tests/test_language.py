@@ -3,7 +3,6 @@ import bz2, copy, hashlib, math, pickle, re
 from collections import Counter
 import pytest
 import torch
-import exp.nb_11  # gives the Learner fit_one_cycle
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
