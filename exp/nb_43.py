@@ -66,16 +66,14 @@ def as_tokens(tokens, # a list, or a Tensor (t,), of whole numbers of at least 0
         raise ValueError(f'expected tokens (t,), whole numbers, got {brief(tokens.tolist())}')
     return tokens.long()
 
-def _windows(tokens, length):
-    tokens, length = as_tokens(tokens), whole_number(length, 'length')
-    if len(tokens) > length: return tokens.unfold(0, length + 1, 1)  # (n, length + 1), a view
-    raise ValueError(f'expected more tokens than the {length} of a window, got {len(tokens)}')
-
 def windows(tokens, # as of `as_tokens`, more than `length`
             length:int): # tokens in a window
     "All windows of a text as a `Dataset`: (length,) tokens, and those that come one later."
-    all_of_them = _windows(tokens, length)
-    return Dataset(all_of_them[:, :-1], all_of_them[:, 1:])
+    tokens, length = as_tokens(tokens), whole_number(length, 'length')
+    if len(tokens) <= length:
+        raise ValueError(f'expected more tokens than the {length} of a window, got {len(tokens)}')
+    both = tokens.unfold(0, length + 1, 1)  # (n, length + 1), a view
+    return Dataset(both[:, :-1], both[:, 1:])
 
 # %% ../nbs/43_language.ipynb #430021
 def windows_in_order(tokens, # as in `windows`
