@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAYS', 'PIECE', 'get_plays', 'split_text', 'get_text', 'as_tokens', 'windows', 'windows_in_order', 'get_text_dls',
            'token_loss', 'bits_per_char', 'GRU', 'LanguageModel', 'draw_token', 'next_probs', 'generate', 'merge_pair',
-           'BPE']
+           'BPE', 'train_bpe', 'load_bpe']
 
 # %% ../nbs/43_language.ipynb #430003
 import bz2, hashlib, json, math, re
@@ -316,9 +316,9 @@ class _Pairs:
             self.words[i] = merge_pair(self.words[i], pair, new)
             self.add(i, 1)
 
-@patch(cls_method=True)
-def train(cls:BPE, text, # str or bytes to learn from
-          vocab:int): # tokens wanted, at least 256; fewer, if no pair is left that comes twice
+def train_bpe(text, # str or bytes to learn from
+              vocab:int, # tokens wanted, at least 256; fewer, if no pair is left that comes twice
+             ) -> BPE:
     "Make the most frequent pair a token, again and again; of equals the one with the smaller tokens."
     words = Counter(PIECE.findall(text.encode() if isinstance(text, str) else bytes(text)))
     pairs, merges = _Pairs(words), []
@@ -327,7 +327,7 @@ def train(cls:BPE, text, # str or bytes to learn from
         if pairs.n[pair] < 2: break
         pairs.merge(pair, new)
         merges.append(pair)
-    return cls(merges)
+    return BPE(merges)
 
 # %% ../nbs/43_language.ipynb #430054
 @patch
@@ -335,9 +335,9 @@ def save(self:BPE, path): # file to write, `.json`
     "Write the merges."
     with atomic_write(path) as file: file.write(json.dumps(dict(merges=[*self.merges])).encode())
 
-@patch(cls_method=True)
-def load(cls:BPE, path): # file from `save`
+def load_bpe(path, # file from `BPE.save`
+            ) -> BPE:
     "Read the merges; raises `ValueError` for another file."
-    try: return cls([(int(a), int(b)) for a, b in json.loads(Path(path).read_bytes())['merges']])
+    try: return BPE([(int(a), int(b)) for a, b in json.loads(Path(path).read_bytes())['merges']])
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f'{path}: expected merges of BPE.save, got another file: {e}') from None
