@@ -34,3 +34,4 @@ from exp.nb_32 import *
 from exp.nb_40 import *
 from exp.nb_41 import *
 from exp.nb_42 import *
+from exp.nb_43 import *

@@ -228,4 +228,4 @@ def test_a_wheel_carries_modules_and_data(tmp_path):
     run('-m', 'build', cwd=tmp_path)  # the sdist, and the wheel from the sdist
     wheel, = (tmp_path/'dist').glob('*.whl')
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {str(p.relative_to(ROOT)) for p in [*MODULES, ROOT/'exp/all.py', *(ROOT/'exp/data/mnist').iterdir(), *(ROOT/'exp/data/pretrained').iterdir()]} <= names
+    assert {str(p.relative_to(ROOT)) for p in [*MODULES, ROOT/'exp/all.py', *(ROOT/'exp/data/mnist').iterdir(), *(ROOT/'exp/data/pretrained').iterdir(), *(ROOT/'exp/data/shakespeare').iterdir()]} <= names
