@@ -1001,4 +1001,5 @@ d = { 'settings': { 'branch': 'main',
                            'exp.nb_40.TransformerBlock.__init__': ('attention.html#transformerblock.__init__', 'exp/nb_40.py'),
                            'exp.nb_40.TransformerBlock.forward': ('attention.html#transformerblock.forward', 'exp/nb_40.py'),
                            'exp.nb_40._as_mask': ('attention.html#_as_mask', 'exp/nb_40.py')},
-            'exp.nb_41': {}}}
+            'exp.nb_41': {},
+            'exp.nb_44': {}}}
