@@ -33,3 +33,4 @@ from exp.nb_31 import *
 from exp.nb_32 import *
 from exp.nb_40 import *
 from exp.nb_41 import *
+from exp.nb_44 import *
