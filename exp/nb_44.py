@@ -155,7 +155,7 @@ def draw(self:Pool): # -> (states (bs, channels, h, w), steps, targets (bs, 2, h
 # %% ../nbs/44_cellular_automata.ipynb #440071
 class PutBack(Callback):
     "Puts the states that each training batch ends with back into their `Pool`."
-    sweep = False
+    sweep = False  # rates that are only tried would leave ruins in the stock
     def __init__(self, pool): self.pool = pool
 
     def after_backward(self, learn): self.pool.put_back(learn.pred)
