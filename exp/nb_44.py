@@ -115,11 +115,11 @@ class Pool:
                  steps=(20, 35), # fewest and most steps of a batch
                  damage:int=0, # how many states of a batch are damaged
                  seed:int=0): # of its own random numbers
-        self.start, self.target, self.bs = start, target, whole_number(bs, 'the batch size')
-        self.states = start.repeat(whole_number(size, 'the size of the pool', bs), 1, 1, 1)
+        self.start, self.target, self.bs = start.cpu(), target.cpu(), whole_number(bs, 'the batch size')
         self.batches, self.steps, self.damage = whole_number(batches, 'the batches'), steps, damage
-        self.generator = torch.Generator().manual_seed(seed)
         self.check()
+        self.states = self.start.repeat(whole_number(size, 'the size of the pool', bs), 1, 1, 1)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def check(self): pass  # "For the library", below, fills it in
 

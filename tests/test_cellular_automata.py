@@ -363,6 +363,8 @@ def test_pools_that_dont_fit():
     model = automaton()
     with pytest.raises(ValueError, match=r'a target \(2, 9, 9\), got \(2, 8, 8\)'): Pool(model.one_cell(9), bar())
     with pytest.raises(ValueError, match=r'one state \(1, channels, h, w\), got \(2, 5, 8, 8\)'): Pool(model.one_cell(8, 2), bar())
+    for shape in ((5, 8, 8), (1, 1, 5, 8, 8), (8, 8)):
+        with pytest.raises(ValueError, match='one state'): Pool(torch.zeros(shape), bar())
     pool = pool_of(model)
     with pytest.raises(ValueError, match='draw a batch first'): pool.put_back(torch.zeros(4, 5, 8, 8))
     pool.draw()
