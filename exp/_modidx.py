@@ -1087,4 +1087,5 @@ d = { 'settings': { 'branch': 'main',
                            'exp.nb_43.token_loss': ('language.html#token_loss', 'exp/nb_43.py'),
                            'exp.nb_43.train_bpe': ('language.html#train_bpe', 'exp/nb_43.py'),
                            'exp.nb_43.windows': ('language.html#windows', 'exp/nb_43.py'),
-                           'exp.nb_43.windows_in_order': ('language.html#windows_in_order', 'exp/nb_43.py')}}}
+                           'exp.nb_43.windows_in_order': ('language.html#windows_in_order', 'exp/nb_43.py')},
+            'exp.nb_44': {}}}

@@ -35,3 +35,4 @@ from exp.nb_40 import *
 from exp.nb_41 import *
 from exp.nb_42 import *
 from exp.nb_43 import *
+from exp.nb_44 import *
