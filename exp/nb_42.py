@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'flow_loss', 'draw_problem', 'check_data', 'TimeEmbedding', 'Condition', 'MLPBlock', 'FlowMLP',
            'GenerativeLearner', 'integrate', 'guided', 'sample', 'UNetBlock', 'zero', 'check_sides', 'UNet',
-           'cosine_schedule', 'ddpm_loss', 'ddim']
+           'cosine_schedule', 'ddpm_loss', 'ddim', 'Flow']
 
 # %% ../nbs/42_flow_matching.ipynb #420003
 import math
@@ -305,3 +305,16 @@ def _back(x, noise, a, s, a_u, s_u, eta, clip, generator):
     x = a_u*guess + (s_u**2 - sigma**2).clamp(min=0).sqrt()*noise
     if eta == 0: return x
     return x + sigma*torch.randn(x.shape, generator=generator).to(x)
+
+# %% ../nbs/42_flow_matching.ipynb #420151
+class Flow(UNet):
+    "A `UNet` for digits with its own loss and samples, as `exp_train --model flow` asks for."
+    def __init__(self): super().__init__(classes=10)
+
+    def loss(self, x, y): # images (n, 784) or (n, 1, 28, 28) in [0, 1], and their labels
+        generator = None if self.training else torch.Generator().manual_seed(0)
+        return flow_loss(self, 2*x.view(-1, *self.shape) - 1, y, generator=generator)
+
+    def sample(self, n, generator=None): # -> (n, 1, 28, 28) in [0, 1], the digits in turn
+        images = sample(self, n, torch.arange(n) % 10, w=2., generator=generator)
+        return ((images + 1)/2).clamp(0, 1)
