@@ -31,30 +31,6 @@ def _check_lengths(*fields):
     sizes = [len(field) for field in fields]
     if len(set(sizes)) > 1: raise ValueError(f'expected as many targets as inputs, got {sizes} rows')
 
-# %% ../nbs/24_augmentation.ipynb #240065
-def _soft(target, classes):
-    "A probability for each class, (n, classes); floating point targets as they are."
-    if target.is_floating_point(): return target
-    if classes is None: raise ValueError(f'expected classes=, to mix labels of {target.dtype}, got None')
-    return F.one_hot(target.long(), whole_number(classes, 'classes')).movedim(-1, 1).float()
-
-def _mean(a, b, share):
-    "`share` of a and the rest of b; share: (n,)."
-    wide = torch.promote_types(a.dtype, torch.float32)
-    share = share.to(a.device, wide).view(-1, *[1]*(a.ndim - 1))
-    mean = share*a + (1 - share)*b
-    return (mean if a.is_floating_point() else mean.round()).to(a.dtype)
-
-def _as_images(*inputs_and_target):
-    "Images (n, channels, h, w) and the target; raises `ValueError` for several sizes, or maps of labels."
-    *inputs, target = inputs_and_target
-    if target.ndim > 2 or target.ndim == 2 and not target.is_floating_point():
-        raise ValueError(f'expected one label for each image, got a target of shape {tuple(target.shape)}')
-    images = [as_images(x, x.shape[1] if x.ndim == 4 else 1) for x in inputs]
-    sizes = [tuple(x.shape[2:]) for x in images]
-    if len(set(sizes)) > 1: raise ValueError(f'expected images of one size, got {sizes}')
-    return images, target
-
 # %% ../nbs/24_augmentation.ipynb #240018
 def _on_images(func):
     "Let a function of images (n, channels, h, w) take (n, h, w), and rows of square gray images, as well."
@@ -122,7 +98,7 @@ def affine(x:Tensor, # as in `random_shift`
            fill:float=0., # what comes in from outside
           ) -> Tensor: # as x
     """Turn and enlarge images about their middle, with bilinear interpolation; raises `ValueError` for a
-    number as zoom that is not above 0."""
+    number below 1e-6 as zoom."""
     _check_fill(x, fill)
     if not isinstance(degrees, Tensor): _check('degrees', degrees, -math.inf)
     if not isinstance(zoom, Tensor): _check('zoom', zoom, 1e-6)
@@ -221,6 +197,20 @@ def _shares_and_partners(inputs, target, alpha):
     share = torch.distributions.Beta(alpha, alpha).sample((len(target),))
     return share, torch.randperm(len(target), device='cpu').to(target.device)
 
+# %% ../nbs/24_augmentation.ipynb #240065
+def _soft(target, classes):
+    "A probability for each class, (n, classes); floating point targets as they are."
+    if target.is_floating_point(): return target
+    if classes is None: raise ValueError(f'expected classes=, to mix labels of {target.dtype}, got None')
+    return F.one_hot(target.long(), whole_number(classes, 'classes')).movedim(-1, 1).float()
+
+def _mean(a, b, share):
+    "`share` of a and the rest of b; share: (n,)."
+    wide = torch.promote_types(a.dtype, torch.float32)
+    share = share.to(a.device, wide).view(-1, *[1]*(a.ndim - 1))
+    mean = share*a + (1 - share)*b
+    return (mean if a.is_floating_point() else mean.round()).to(a.dtype)
+
 # %% ../nbs/24_augmentation.ipynb #240062
 def mixup(*batch, # (x, ..., y); the labels y: (n, ...) integer classes, or floating point, mixed as it is
           classes:int=None, # how many there are; needed for integer labels
@@ -231,6 +221,17 @@ def mixup(*batch, # (x, ..., y); the labels y: (n, ...) integer classes, or floa
     *inputs, target = batch
     share, partner = _shares_and_partners(inputs, target, alpha)
     return tuple(_mean(t, t[partner], share) for t in (*inputs, _soft(target, classes)))
+
+# %% ../nbs/24_augmentation.ipynb #240240
+def _as_images(*inputs_and_target):
+    "Images (n, channels, h, w) and the target; raises `ValueError` for several sizes, or maps of labels."
+    *inputs, target = inputs_and_target
+    if target.ndim > 2 or target.ndim == 2 and not target.is_floating_point():
+        raise ValueError(f'expected one label for each image, got a target of shape {tuple(target.shape)}')
+    images = [as_images(x, x.shape[1] if x.ndim == 4 else 1) for x in inputs]
+    sizes = [tuple(x.shape[2:]) for x in images]
+    if len(set(sizes)) > 1: raise ValueError(f'expected images of one size, got {sizes}')
+    return images, target
 
 # %% ../nbs/24_augmentation.ipynb #240142
 def cutmix(*batch, # (x, ..., y), as in `mixup`; the inputs: images of one size; y: (n,) or (n, classes)
