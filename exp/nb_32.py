@@ -691,7 +691,8 @@ def _of_run(run, out):
     folder = next(place for place in places if (place/'config.json').is_file())  # as `load_run` finds it
     dataset = read_settings(folder).dataset
     if dataset != 'mnist': raise ValueError(f'{folder}: expected a run that has learned mnist, got {dataset}')
-    if not learn.metrics: raise ValueError(f'{folder}: expected a model that reads digits, got one that makes them')
+    if not learn.metrics:
+        raise ValueError(f'{folder}: expected a model that reads digits, got one that makes them')
     return learn.model, folder
 
 # %% ../nbs/32_deployment.ipynb #320105
