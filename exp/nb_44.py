@@ -142,7 +142,7 @@ class Pool:
 # %% ../nbs/44_cellular_automata.ipynb #440056
 @patch
 def draw(self:Pool): # -> (states (bs, channels, h, w), steps, targets (bs, 2, h, w))
-    "The next batch: first a fresh start in place of the worst state, then the others; `rows` has their places."
+    "The next batch: a fresh start in place of the worst state, then the others; their places in `rows`."
     rows = torch.randperm(len(self.states), generator=self.generator)[:self.bs]
     errors = (self.states[rows, :2] - self.target).square().mean((1, 2, 3))
     self.rows = rows[errors.argsort(descending=True, stable=True)]
