@@ -28,9 +28,9 @@ def get_plays(path=None, # file to read; None: the embedded one
              ) -> dict: # title -> text
     "Ten plays by Shakespeare; raises `ValueError` for a damaged file."
     path = PLAYS if path is None else Path(path)
-    try: data = bz2.decompress(path.read_bytes())
+    packed = path.read_bytes()
+    try: data = bz2.decompress(packed)
     except (OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError): raise
         raise ValueError(f'{path}: expected the plays, packed by bz2, got a damaged file: {error}') from None
     found = hashlib.sha256(data).hexdigest()
     if found != _PLAYS_SHA256:
@@ -56,20 +56,27 @@ def get_text(share:float=0.1, # of every play, its end, that is held out
 
 # %% ../nbs/43_language.ipynb #430020
 def as_tokens(tokens, # a list, or a Tensor (t,), of whole numbers of at least 0
+              vocab:int=None, # they are below it; None: any
              ) -> Tensor: # (t,) int64
     "Tokens as a tensor; raises `ValueError` for anything else."
     if not isinstance(tokens, Tensor):
         try: tokens = torch.tensor([*tokens], dtype=None if len(tokens) else torch.long)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f'expected tokens (t,), whole numbers, got {brief(tokens)}') from None
-    if tokens.ndim != 1 or tokens.is_floating_point() or tokens.dtype is torch.bool:
+    no_whole_numbers = tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool
+    if tokens.ndim != 1 or no_whole_numbers:
         raise ValueError(f'expected tokens (t,), whole numbers, got {brief(tokens.tolist())}')
-    return tokens.long()
+    tokens = tokens.long()
+    wrong = tokens[(tokens < 0) | (tokens >= (math.inf if vocab is None else vocab))]
+    if len(wrong) == 0: return tokens
+    wanted = 'of at least 0' if vocab is None else f'from 0 to {vocab - 1}'
+    raise ValueError(f'expected tokens {wanted}, got {wrong[0].item()}')
 
 def windows(tokens, # as of `as_tokens`, more than `length`
-            length:int): # tokens in a window
+            length:int, # tokens in a window
+            vocab:int=None): # as of `as_tokens`
     "All windows of a text as a `Dataset`: (length,) tokens, and those that come one later."
-    tokens, length = as_tokens(tokens), whole_number(length, 'length')
+    tokens, length = as_tokens(tokens, vocab), whole_number(length, 'length')
     if len(tokens) <= length:
         raise ValueError(f'expected more tokens than the {length} of a window, got {len(tokens)}')
     both = tokens.unfold(0, length + 1, 1)  # (n, length + 1), a view
@@ -78,9 +85,10 @@ def windows(tokens, # as of `as_tokens`, more than `length`
 # %% ../nbs/43_language.ipynb #430021
 def windows_in_order(tokens, # as in `windows`
                      length:int, # tokens in a window
-                     overlap:int=0): # tokens that it shares with the one before, below `length`
-    "Windows in which each token but the first is a target once; what was one before is -100, not counted."
-    tokens, overlap = as_tokens(tokens), whole_number(overlap, 'overlap', 0)
+                     overlap:int=0, # tokens that it shares with the one before, below `length`
+                     vocab:int=None): # as of `as_tokens`
+    "Windows in which each token but the first is a target once. Other targets are -100: not counted."
+    tokens, overlap = as_tokens(tokens, vocab), whole_number(overlap, 'overlap', 0)
     if overlap >= length: raise ValueError(f'expected an overlap below {length}, got {overlap}')
     step = length - overlap
     if len(tokens) < 2: raise ValueError(f'expected at least 2 tokens, got {len(tokens)}')
@@ -95,9 +103,10 @@ def get_text_dls(train, # tokens to train on, more than `length`
                  valid, # tokens to validate on
                  length:int=64, # tokens in a window
                  bs:int=16, # windows in a batch
-                 seed:int=None): # of the order; None: drawn from torch's generator
+                 seed:int=None, # of the order; None: drawn from torch's generator
+                 vocab:int=None): # as of `as_tokens`
     "Random windows to train on; to validate on, all tokens, in windows that overlap by half."
-    return get_dls(windows(train, length), windows_in_order(valid, length, length//2), bs, seed)
+    return get_dls(windows(train, length, vocab), windows_in_order(valid, length, length//2, vocab), bs, seed)
 
 # %% ../nbs/43_language.ipynb #430022
 def token_loss(pred, # (n, t, vocab) scores
@@ -109,7 +118,7 @@ token_loss.weight_of = lambda pred, target: target.ne(-100).count_nonzero()  # w
 
 def bits_per_char(model, # tokens (n, t) -> scores (n, t, vocab)
                   data, # `Dataset` or loader of tokens and targets
-                  chars:int=None, # that all targets stand for; None: one each
+                  chars:int=None, # that all targets stand for, if a token is more than one; None: as many as targets
                  ) -> float:
     "Mean of -log2 of the probability of what came, in evaluation mode."
     mean = Metric(token_loss)
@@ -124,7 +133,7 @@ class _State:
     state = None
 
 class GRU(nn.Module):
-    "A gated recurrent unit (Cho et al., 2014), as `nn.GRU` with one layer and batches first."
+    "A gated recurrent unit (after Cho et al., 2014): `nn.GRU` with one layer and batches first."
     length = None  # the longest sequence: any
     def __init__(self,
                  dim:int, # numbers in an input
@@ -140,7 +149,7 @@ class GRU(nn.Module):
         return z*h + (1 - z)*torch.tanh(x_n + r*h_n)
 
     def forward(self, x, # (n, t, dim)
-                caches=None): # from `new_caches`: what was before; they take in the last state
+                caches=None): # from `new_caches`: the state before; the last state is put there
         "All states, (n, t, hidden)."
         h, states = None if caches is None else caches[0].state, []
         if h is None: h = x.new_zeros(len(x), self.hidden)
@@ -166,11 +175,11 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens, # (n, t) int64
                 caches=None): # from `new_caches`: the tokens before these; they take in these, too
-        "Scores (n, t, vocab); raises `ValueError` for tokens that it doesn't know."
+        "Scores (n, t, vocab); on the CPU, raises `ValueError` for unknown tokens. On a GPU see `as_tokens`."
         try: x = self.embed(tokens)
         except IndexError:
-            low, high = (value.item() for value in tokens.aminmax())
-            raise ValueError(f'expected tokens from 0 to {self.vocab - 1}, got {low} to {high}') from None
+            as_tokens(tokens.flatten(), self.vocab)
+            raise
         return self.head(self.body(x, caches=caches))
 
     def new_caches(self): return self.body.new_caches()  # for one text, or for several at once
@@ -215,7 +224,7 @@ def generate(model, # `LanguageModel`
              seed:int=0, # the same seed, the same tokens
             ) -> list: # the prompt and n more
     "Write on. A body with a longest sequence forgets the older half when it is full."
-    tokens, generator = as_tokens(prompt).tolist(), torch.Generator().manual_seed(seed)
+    tokens, generator = as_tokens(prompt, model.vocab).tolist(), torch.Generator().manual_seed(seed)
     if not tokens: raise ValueError('expected a prompt of at least one token, got none')
     device, start, caches = model.head.weight.device, 0, None
     with evaluating(model):
@@ -241,7 +250,7 @@ def merge_pair(tokens, pair, new):
     return merged
 
 class BPE:
-    "Byte-pair encoding (Sennrich et al., 2016) of bytes, within words: what is frequent becomes one token."
+    "Byte-pair encoding (Sennrich et al., 2016) within words, of bytes (as in GPT-2): what is frequent is a token."
     def __init__(self,
                  merges=()): # pairs of tokens, in the order learnt; pair i becomes token 256 + i
         self.merges, self.parts = {}, [bytes([i]) for i in range(256)]
@@ -279,11 +288,7 @@ def of_piece(self:BPE, piece):
 @patch
 def to_bytes(self:BPE, tokens): # list, or Tensor (t,)
     "What the tokens stand for; raises `ValueError` for a token that there isn't."
-    tokens = as_tokens(tokens).tolist()
-    for token in tokens:
-        if not 0 <= token < self.vocab:
-            raise ValueError(f'expected tokens from 0 to {self.vocab - 1}, got {token}')
-    return b''.join([self.parts[token] for token in tokens])
+    return b''.join([self.parts[token] for token in as_tokens(tokens, self.vocab).tolist()])
 
 @patch
 def decode(self:BPE, tokens,
@@ -307,7 +312,7 @@ class _Pairs:
         "Count the pairs of a word in, or out with `sign` -1."
         for pair in zip(self.words[i], self.words[i][1:]):
             self.n[pair] += sign*self.count[i]
-            self.where[pair].add(i)
+            self.where[pair].add(i)  # it stays when the pair is gone: merging there changes nothing
 
     def merge(self, pair, new):
         "Only the words with this pair change."
