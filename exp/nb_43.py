@@ -186,7 +186,7 @@ class LanguageModel(nn.Module):
 
 # %% ../nbs/43_language.ipynb #430080
 def draw_token(probs:Tensor, # (vocab,)
-         generator): # a torch.Generator of the CPU
+               generator): # a torch.Generator of the CPU
     "A token: where the running sum of the probabilities passes a random number."
     sums = probs.cumsum(0)
     point = torch.rand((), generator=generator, dtype=probs.dtype)*sums[-1]
