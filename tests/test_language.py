@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from exp import nb_43
 from exp.nb_00 import set_seed, test_near as near
 from exp.nb_04 import DataLoader
 from exp.nb_10 import Learner
@@ -58,6 +59,11 @@ def test_split_text(text, share):
 def test_a_share_that_is_none(share):
     with pytest.raises(ValueError, match='expected a share in'): get_text(share)
 
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(self): raise PermissionError(13, 'Permission denied', str(self))
+    monkeypatch.setattr(type(tmp_path), 'read_bytes', refuse)
+    with pytest.raises(PermissionError, match='plays'): get_plays(tmp_path/'plays')
+
 def test_a_damaged_file_is_named(tmp_path):
     data, path = PLAYS.read_bytes(), tmp_path/'plays.txt.bz2'
     changed = bytearray(data)
@@ -67,6 +73,8 @@ def test_a_damaged_file_is_named(tmp_path):
         for read in (get_plays, lambda p: get_text(path=p)):
             with pytest.raises(ValueError, match=re.escape(str(path))): read(path)
     with pytest.raises(FileNotFoundError): get_plays(tmp_path/'none')
+    with pytest.raises(OSError) as error: get_plays(tmp_path)  # a folder is no damaged file
+    assert not isinstance(error.value, ValueError)
     path.write_bytes(data)
     assert get_plays(str(path)) == get_plays()
 
@@ -102,11 +110,21 @@ def test_random_windows_have_a_seed_and_are_others_in_each_epoch():
     a = epochs(3)
     assert a == epochs(3) != epochs(4) and a[0] != a[1]
 
-@pytest.mark.parametrize('tokens', ['abc', [0.5], [[1, 2]], torch.rand(4), torch.zeros(2, 2, dtype=torch.long), [True, False], [1, None]])
+@pytest.mark.parametrize('tokens', ['abc', [0.5], [[1, 2]], torch.rand(4), torch.zeros(2, 2, dtype=torch.long), [True, False], [1, None],
+                                    torch.ones(2, dtype=torch.complex64)])
 def test_what_is_no_list_of_tokens(tokens):
     with pytest.raises(ValueError, match='expected tokens'): as_tokens(tokens)
 
+@pytest.mark.parametrize('tokens, vocab, message', [([3, -1], None, 'of at least 0, got -1'), (torch.tensor([-5]), None, 'of at least 0, got -5'), ([-1], 4, 'from 0 to 3, got -1'),
+                                                    ([1, 4, 7], 4, 'from 0 to 3, got 4'), (torch.tensor([255], dtype=torch.uint8), 255, 'from 0 to 254, got 255')])
+def test_tokens_outside_the_vocabulary_are_named_once_for_a_data_set(tokens, vocab, message):
+    padded = [*torch.as_tensor(tokens).tolist(), 0, 0]
+    for f in (lambda: as_tokens(tokens, vocab), lambda: windows(padded, 1, vocab), lambda: windows_in_order(padded, 2, 1, vocab),
+              lambda: get_text_dls(padded, [0, 1], 1, vocab=vocab), lambda: get_text_dls([0, 1], padded, 1, vocab=vocab)):
+        with pytest.raises(ValueError, match=f'expected tokens {message}$'): f()
+
 def test_as_tokens():
+    assert as_tokens([0, 3], 4).tolist() == [0, 3]
     assert as_tokens([]).dtype is torch.int64 and as_tokens(range(3)).tolist() == [0, 1, 2] == as_tokens(torch.arange(3, dtype=torch.uint8)).tolist()
 
 
@@ -188,6 +206,28 @@ def test_a_token_outside_the_vocabulary(make):
     for token in (20, -1, 10**6):
         with pytest.raises(ValueError, match='expected tokens from 0 to 19, got'): make()(torch.tensor([[3, token]]))
     with pytest.raises(ValueError, match='vocab'): LanguageModel(0, 6, GRU(6, 6))
+
+def test_a_batch_is_not_looked_at(monkeypatch):
+    "On a GPU a value that Python looks at is waited for: in training there is none, and `generate` checks the prompt alone."
+    checked = []
+    def noting(*args):
+        checked.append(args)
+        return as_tokens(*args)
+    monkeypatch.setattr(nb_43, 'as_tokens', noting)
+    model = recurrent()
+    model(torch.zeros(2, 5, dtype=torch.long))
+    model.to('meta')(torch.zeros(2, 5, dtype=torch.long, device='meta'))  # there are no values to look at
+    assert checked == []
+    generate(recurrent(), [1, 2], 5)
+    assert checked == [([1, 2], 20)]
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_gpu_is_not_waited_for():
+    model, tokens = recurrent().cuda(), torch.zeros(2, 5, dtype=torch.long, device='cuda')
+    model(tokens)
+    torch.cuda.set_sync_debug_mode('error')
+    try: model(tokens)
+    finally: torch.cuda.set_sync_debug_mode('default')
 
 
 # What comes next
@@ -271,7 +311,8 @@ def test_prompts():
     model = recurrent()
     assert generate(model, [3], 0) == [3] and generate(model, torch.tensor([3, 4]), 1)[:2] == [3, 4]
     with pytest.raises(ValueError, match='at least one token, got none'): generate(model, [], 3)
-    with pytest.raises(ValueError, match='from 0 to 19, got 20'): generate(model, [20], 3)
+    for token in (20, -1):
+        with pytest.raises(ValueError, match=f'from 0 to 19, got {token}'): generate(model, [3, token], 3)
     with pytest.raises(ValueError, match='n to be a whole number'): generate(model, [1], -1)
 
 def test_a_saved_model_goes_on_and_writes_the_same(tmp_path):
