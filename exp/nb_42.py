@@ -162,6 +162,7 @@ def guided(model, # (x, t, labels or None) -> velocities, or predicted noise
         return without + w*(with_label - without)
     return field
 
+# %% ../nbs/42_flow_matching.ipynb #420166
 def sample(model, # as for `flow_loss`
            n:int, # how many
            labels=None, # one class for all, or one for each; None: any
@@ -291,18 +292,18 @@ def ddim(model, # as for `ddpm_loss`
     x, labels = _begin(model, n, labels, w, generator)
     with evaluating(model):
         field = guided(model, labels, w)
-        for t, u in zip(times, times[1:]):
-            x = _back(x, field(x, t), *cosine_schedule(t), *cosine_schedule(u), eta, clip, generator)
+        for t, t_next in zip(times, times[1:]):
+            x = _back(x, field(x, t), *cosine_schedule(t), *cosine_schedule(t_next), eta, clip, generator)
     return x
 
-def _back(x, noise, a, s, a_u, s_u, eta, clip, generator):
-    "One step, from (a, s) to (a_u, s_u)."
+def _back(x, noise, a, s, a_next, s_next, eta, clip, generator):
+    "One step, from (a, s) to (a_next, s_next)."
     guess = (x - s*noise)/a
     if clip is not None:
         guess = guess.clamp(-clip, clip)
         noise = (x - a*guess)/s  # what would have led to this guess
-    sigma = eta*s_u/s*(1 - (a/a_u)**2).clamp(min=0).sqrt()
-    x = a_u*guess + (s_u**2 - sigma**2).clamp(min=0).sqrt()*noise
+    sigma = eta*s_next/s*(1 - (a/a_next)**2).clamp(min=0).sqrt()
+    x = a_next*guess + (s_next**2 - sigma**2).clamp(min=0).sqrt()*noise
     if eta == 0: return x
     return x + sigma*torch.randn(x.shape, generator=generator).to(x)
 
