@@ -691,7 +691,7 @@ def _of_run(run, out):
     folder = next(place for place in places if (place/'config.json').is_file())  # as `load_run` finds it
     dataset = read_settings(folder).dataset
     if dataset != 'mnist': raise ValueError(f'{folder}: expected a run that has learned mnist, got {dataset}')
-    if not learn.metrics:
+    if callable(getattr(learn.model, 'sample', None)):
         raise ValueError(f'{folder}: expected a model that reads digits, got one that makes them')
     return learn.model, folder
 
