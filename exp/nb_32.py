@@ -23,7 +23,7 @@ from .nb_02 import Model
 from .nb_05 import brief
 from .nb_10 import Learner
 from .nb_13 import HeldSignals, atomic_write
-from .nb_14 import load_run, read_settings
+from .nb_14 import load_run, makes_images, read_settings
 from .nb_15 import BatchTransform
 from .nb_20 import SimpleCNN
 from .nb_23 import Crop, FastCNN, Unshuffle, load_pretrained
@@ -691,7 +691,7 @@ def _of_run(run, out):
     folder = next(place for place in places if (place/'config.json').is_file())  # as `load_run` finds it
     dataset = read_settings(folder).dataset
     if dataset != 'mnist': raise ValueError(f'{folder}: expected a run that has learned mnist, got {dataset}')
-    if callable(getattr(learn.model, 'sample', None)):
+    if makes_images(learn.model):
         raise ValueError(f'{folder}: expected a model that reads digits, got one that makes them')
     return learn.model, folder
 

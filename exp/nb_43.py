@@ -200,7 +200,8 @@ def next_probs(scores:Tensor, # (vocab,)
               ) -> Tensor: # (vocab,) float64
     "Probabilities of the next token; raises `ValueError` for options that make no distribution."
     _check_options(len(scores), temperature, top_k, top_p)
-    scores = scores.double()
+    scores = scores.double() - scores.max()
+    if scores.isnan().any(): raise ValueError('expected scores, got nan or infinity: diverged in training?')
     if temperature == 0: return F.one_hot(scores.argmax(), len(scores)).double()
     probs, order = (scores/temperature).softmax(0).sort(descending=True, stable=True)
     if top_k is not None: probs[top_k:] = 0

@@ -230,7 +230,7 @@ def test_runs_that_make_images_among_others(small, capsys):
     assert {'valid', 'loss'} <= {row[''] for row in compare_runs(made, read)}
     images = load_run(made).model.sample(3, torch.Generator().manual_seed(1))
     assert images.shape == (3, 1, 28, 28) and 0 <= images.min() and images.max() <= 1
-    with pytest.raises(ValueError, match='expected a run of a model that reads images'): nb_14.final_accuracy(made)
+    with pytest.raises(ValueError, match='expected a model that reads images, got one that makes them'): nb_14.final_accuracy(made)
     with pytest.raises(ValueError, match='expected a model that reads digits, got one that makes them'): exp_draw(str(made), serve=False)
 
 

@@ -253,6 +253,7 @@ def test_greedy_is_the_limit():
     scores = torch.tensor([1., 3., 2.])
     assert next_probs(scores, 0).tolist() == [0, 1, 0]
     near(next_probs(scores, 1e-3), [0., 1., 0.])
+    for tiny in (1e-12, 5e-324): assert next_probs(scores, tiny).tolist() == [0, 1, 0]
     near(next_probs(scores, top_k=1), [0., 1., 0.])
     near(next_probs(scores, top_p=1e-9), [0., 1., 0.])
 
@@ -263,6 +264,12 @@ def test_greedy_is_the_limit():
 def test_options_that_make_no_distribution(options, message):
     for f in (lambda: next_probs(torch.zeros(20), **options), lambda: generate(recurrent(), [1], 2, **options)):
         with pytest.raises(ValueError, match=message): f()
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+@pytest.mark.parametrize('temperature', [0, 1])
+def test_scores_of_a_training_that_diverged(bad, temperature):
+    with pytest.raises(ValueError, match='expected scores, got nan or infinity'): next_probs(torch.tensor([0., bad, 1.]), temperature)
+    assert next_probs(torch.tensor([0., -math.inf]), temperature).tolist() == [1, 0]  # what is ruled out
 
 @FAST
 @given(seeds)
